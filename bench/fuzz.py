@@ -1767,7 +1767,8 @@ _PATHS = (
     "/data/runs.json",
     "/data/run/x/overview.json",
     "/data/tokens/0.json",
-    "/data/columns/pca_1.json",
+    "/data/columns/density.json",
+    "/data/maps/pca.json",
     *("/api/label", "/api/steer") * 5,
     *("/api/activations",) * 3,
 )

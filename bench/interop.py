@@ -1,12 +1,12 @@
 """Do the libraries themselves agree? Their SAEs read here, ours read there, on real activations.
 
-    python bench/interop.py --python sae_lens=ENV/bin/python --python dictionary_learning=… --python sparsify=… --python llamascopium=…
+    python bench/interop.py --python sae_lens=ENV/bin/python --python dictionary_learning=… --python sparsify=… --python llamascopium=… --openai CHECKOUT
     python bench/interop.py --python … --golden tests/golden/interop      small ones, for the tests
     python bench/interop.py --clients ENV/bin/python --attach ENV/bin/python --attach … --neuronpedia CHECKOUT --postgres URL --node DIR
 
 Each library is in an environment of its own (`pip install torch==2.13.0`, then sae-lens==6.54.12, dictionary-learning==0.1.0 with nnsight, or eai-sparsify==1.3.3 without the
-torchvision that comes along, llamascopium==2.0.0b34 with transformer-lens<4); those not named are left out. openai/sparse_autoencoder is not on the package index: its files are
-written and read by peers/formats_openai.py, by hand. Gemma Scope's are written by hand and read by SAELens. Activations are those of pylm/0.3m at resid_post.2,
+torchvision that comes along, llamascopium==2.0.0b34 with transformer-lens<4); those not named are left out. openai/sparse_autoencoder is not on the package index:
+`--openai CHECKOUT` names a clone. Gemma Scope's files are written by hand and read by SAELens. Activations are those of pylm/0.3m at resid_post.2,
 on held-out text. Differences are the largest over all of them, in units of the root mean square of the activations (latents: of the SAE's inputs). Latents of
 ours are those of the copy: some formats need other units.
 
@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ from ksparse.data.contexts import Corpus
 from ksparse.data.documents import documents
 from ksparse.errors import InputError
 from ksparse.evals import runner
+from ksparse.explain import explain
+from ksparse.explain.answers import Answers
+from ksparse.explain.examples import collect
+from ksparse.explain.explain import Explainer
+from ksparse.explain.options import ExplainConfig
+from ksparse.explain.server import Answer, ChatServer
 from ksparse.interop import neuronpedia
 from ksparse.lm.model import LM
 from ksparse.sae.model import SAE
@@ -51,10 +58,9 @@ RUNS_ON = {
     "dictionary_learning": "dictionary_learning",
     "sparsify": "sparsify",
     "llamascopium": "llamascopium",
-    "openai": "sae_lens",
     "gemma_scope": "sae_lens",
 }
-"""The library whose environment an adapter needs; openai's needs torch alone."""
+"""The library whose environment an adapter needs; openai's needs a clone and torch alone."""
 BOUND = 1e-5
 ROWS = 512
 OURS = [
@@ -77,8 +83,11 @@ def main() -> None:
     adapters = {
         adapter: pythons[library] for adapter, library in RUNS_ON.items() if library in pythons
     }
+    if args.openai:
+        os.environ["OPENAI_SPARSE_AUTOENCODER"] = str(args.openai.resolve())
+        adapters["openai"] = sys.executable
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+        work = emptied(args.work) if args.work else Path(folder)
         raw = activations()
         np.save(work / "raw.npy", raw.numpy())
         np.save(
@@ -135,6 +144,7 @@ def arguments() -> argparse.Namespace:
         metavar="LIBRARY=PATH",
         help="the interpreter of the library's environment",
     )
+    parser.add_argument("--openai", type=Path, help="a clone of openai/sparse_autoencoder")
     parser.add_argument("--clients", metavar="PATH", help="the interpreter of peers/clients_sae.py")
     parser.add_argument(
         "--attach",
@@ -146,6 +156,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--neuronpedia", type=Path, help="a clone of hijohnnylin/neuronpedia")
     parser.add_argument("--postgres", metavar="URL", help="of a Postgres server")
     parser.add_argument("--node", type=Path, help="a folder with node_modules/pg, typescript@5")
+    parser.add_argument("--work", type=Path, help="keep what is trained there for the next run")
     parser.add_argument("--out", type=Path, default=Path("interop.json"))
     parser.add_argument(
         "--golden",
@@ -153,6 +164,15 @@ def arguments() -> argparse.Namespace:
         help="write small files with their expected outputs there, and nothing else",
     )
     return parser.parse_args()
+
+
+def emptied(folder: Path) -> Path:
+    """Remove what an earlier run left there, but what it trained."""
+    for path in folder.glob("*"):
+        if path.is_dir() and path.name != "runs":
+            shutil.rmtree(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def activations() -> torch.Tensor:
@@ -266,7 +286,7 @@ def clients(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
             for row in found
         ]
     if args.neuronpedia:
-        rows.append(neuronpedia_client(args, work))
+        rows += neuronpedia_clients(args, work)
     return rows
 
 
@@ -295,8 +315,12 @@ def sae_clients(python: str, work: Path) -> list[dict[str, Any]]:
     text.write_text("\n".join(" ".join(each.split("\n")) for each in texts))
     rows = []
     for row in client(python, "sae", folder, pylm.folder("0.3m"), text):
-        facts = {key: value for key, value in row.items() if key not in ("client", "kind", "keys")}
+        hidden = ("client", "kind", "keys", "logits")
+        facts = {key: value for key, value in row.items() if key not in hidden}
         ok = "error" not in row
+        if row["client"] == "dashboard" and row["kind"] == "topk-none" and ok:
+            facts |= (compared := compared_logits(row["logits"], work))
+            ok = compared["latents"] > 0 and compared["logits"] < 1e-3  # it rounds to 3 digits
         if row["client"] == "saebench" and ok:
             target = folder / "dictionary_learning" / row["kind"]
             expected = dict(np.load(target / "found.npz")) | {"x": raw}
@@ -308,37 +332,95 @@ def sae_clients(python: str, work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def neuronpedia_client(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    trained("topk", "unit_norm", work)
-    run = RunFolder(work / "runs" / "topk-unit_norm")
-    options = EvalConfig(tokens=20_000, device="cpu")
-    runner.write_results(
-        run, runner.evaluate(interop.load(run.path), None, ["stats", "n2g"], options)
-    )
-    count = neuronpedia.export_bulk(
-        run, work / "import", neuronpedia.Publication(model="tiny", set="test", creator="me")
-    )
-    found = client(
-        args.clients or sys.executable,
-        "neuronpedia",
-        args.neuronpedia,
-        args.postgres,
-        work / "import" / "tiny" / "2-test",
-        args.node,
-    )
-    written = {
-        table: sum(
-            len(gzip.decompress(file.read_bytes()).splitlines())
-            for file in (work / "import" / "tiny" / "2-test" / name).glob("*.gz")
-        )
+class Parrot(ChatServer):
+    """A server that gives the same answer to every request."""
+
+    def ask(self, body: dict[str, Any], stop: Any = None) -> Answer:
+        return Answer('words with "quotes", a \\ and 日本')
+
+
+def explained(run: RunFolder) -> None:
+    """Add explanations in words to a run, as `ksparse explain` does."""
+    options = ExplainConfig(latents=20, tokens=20_000, device="cpu")
+    sae = interop.load(run.path)
+    specimens = collect(sae, LM(acts=run.subject().acts, device="cpu"), options)
+    explainer = Explainer(specimens, options, Parrot("http://127.0.0.1", "none"), Answers(run))
+    runner.write_results(run, {explain.NAME: explainer.run()})
+
+
+def neuronpedia_clients(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Let Neuronpedia import the folder made for it, and what its own converter makes of batch-K.json."""
+    run = evaluated("unit_norm", work)
+    explained(run)
+    names = neuronpedia.Publication(model="tiny", set="test", creator="me")
+    neuronpedia.export_bulk(run, work / "import", names)
+    neuronpedia.export_dashboard(run, work / "dashboards", names)
+    source = work / "import" / "tiny" / "2-test"
+    rows = {
+        table: [
+            json.loads(line)
+            for file in (source / name).glob("*.gz")
+            for line in gzip.decompress(file.read_bytes()).splitlines()
+        ]
         for table, name in (
             ("Neuron", "features"),
             ("Activation", "activations"),
             ("Explanation", "explanations"),
         )
     }
-    ok = found == {"SourceRelease": 1, "Model": 1, "SourceSet": 1, "Source": 1} | written
-    return {"client": "Neuronpedia", "kind": f"{count} latents", "ok": ok, "found": found}
+    kinds = Counter(row["notes"].partition(":")[0] for row in rows["Explanation"])
+    complete = set(kinds) == {"n2g", "explain"} and all(row["pos_str"] for row in rows["Neuron"])
+    written = {"SourceRelease": 1, "Model": 1, "SourceSet": 1, "Source": 1}
+    written |= {table: len(each) for table, each in rows.items()}
+    found = []
+    for kind, folder, expected in (
+        ("its import", source, written),
+        ("its converter of batch-K.json", work / "dashboards", written | {"Explanation": 0}),
+    ):
+        python = args.clients or sys.executable
+        imported = client(python, "neuronpedia", args.neuronpedia, args.postgres, folder, args.node)
+        ok = complete and imported == expected
+        facts = imported | (dict(kinds) if folder is source else {})
+        found.append({"client": "Neuronpedia", "kind": kind, "ok": ok, "found": facts})
+    return found
+
+
+def evaluated(normalize: str, work: Path) -> RunFolder:
+    """Return the run of a TopK SAE with what viewers show."""
+    trained("topk", normalize, work)
+    run = RunFolder(work / "runs" / f"topk-{normalize}")
+    if run.eval("stats") is None:
+        options = EvalConfig(tokens=20_000, device="cpu")
+        results = runner.evaluate(interop.load(run.path), None, ["stats", "n2g"], options)
+        runner.write_results(run, results)
+    return run
+
+
+def compared_logits(theirs: dict[str, Any], work: Path) -> dict[str, float]:
+    """Compare the direct logits of SAEDashboard's own run with those of `--to sae_dashboard`."""
+    folder = work / "dashboards-none"
+    neuronpedia.export_dashboard(evaluated("none", work), folder)
+    features = [
+        feature
+        for file in sorted(folder.glob("batch-*.json"))
+        for feature in json.loads(file.read_text())["features"]
+    ]
+    worst, shared, both = (
+        0.0,
+        0,
+        [each for each in features if str(each["feature_index"]) in theirs],
+    )
+    for ours in both:
+        other = theirs[str(ours["feature_index"])]
+        for end in ("pos", "neg"):
+            values = zip(ours[f"{end}_values"], other[f"{end}_values"], strict=True)
+            worst = max(worst, *(abs(a - b) for a, b in values))
+            shared += len(set(ours[f"{end}_str"]) & set(other[f"{end}_str"]))
+    return {
+        "latents": len(both),
+        "logits": worst,
+        "shared_of_20": shared / max(1, len(both)),
+    }
 
 
 def client(python: str, name: str, *arguments: Any) -> Any:

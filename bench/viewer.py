@@ -1,9 +1,11 @@
-"""The latent viewer in a headless Chromium: how fast it is at many latents, and how it looks.
+"""The latent viewer in a headless Chromium: how fast it is at many latents.
 
-    python bench/viewer.py times [--latents 4096 131072] [--width 768] [--rounds 20] [--export]     made-up runs: first paint, switch of latents
-    python bench/viewer.py shots RUN [--out shots/]                                                 its main pages, light and dark, wide and narrow
+    python bench/viewer.py [--latents 4096 131072] [--width 768] [--rounds 20] [--export] [--keep DIR]
 
-Needs the extra `test`, Chromium and its chromedriver.
+Made-up runs with every array that pages read. Medians in milliseconds: the first paint, the table,
+a latent and its neighbours after a switch, the map, and the longest frame while it is zoomed and
+moved. Load averages stand beside them. Needs the extra `test`, Chromium and its chromedriver.
+`scripts/screenshots.py` shows how the pages look.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -24,10 +27,10 @@ from safetensors.numpy import save_file
 
 from ksparse import config, viewer
 from ksparse.storage import checksums, jsonio
-from ksparse.storage.run_folder import RunFolder, open_run
-from ksparse.viewer.resources import Resources
+from ksparse.storage.run_folder import RunFolder
 
 VOCABULARY, CONTEXTS, LENGTH, EXAMPLES, BEFORE, AFTER, HORIZON = 50_000, 2_000, 128, 8, 24, 8, 16
+BANDS, PER_BAND, LOGITS, LOGIT_BINS, THEMES, EXPLAINED = 4, 5, 10, 32, 60, 500
 SWITCH = """
 const [number, done] = arguments;
 performance.clearMarks();
@@ -50,6 +53,33 @@ const done = arguments[0];
 """
 
 
+MAP = """
+const done = arguments[0], began = performance.now();
+performance.clearMarks();
+location.hash = "#/map?layout=pca";
+(function look() {
+  if (performance.getEntriesByName("map").length) {
+    requestAnimationFrame(() => setTimeout(() => done(performance.now() - began)));
+  } else requestAnimationFrame(look);
+})();
+"""
+MOVE = """
+const [steps, done] = arguments, canvas = document.querySelector("canvas.map");
+const frames = [], box = canvas.getBoundingClientRect();
+let step = 0, last = performance.now();
+(function move() {
+  const now = performance.now();
+  frames.push(now - last);
+  last = now;
+  if (step++ === steps) return done(frames.slice(2));
+  const at = { clientX: box.left + box.width * 0.4, clientY: box.top + box.height * 0.6 };
+  canvas.dispatchEvent(new WheelEvent("wheel",
+    { ...at, deltaY: step % 20 < 10 ? -120 : 120, bubbles: true, cancelable: true }));
+  requestAnimationFrame(move);
+})();
+"""
+
+
 def browser_of_tests() -> Any:
     """Return the tests' module with the browser and the server."""
     file = Path(__file__).resolve().parents[1] / "tests" / "viewer" / "conftest.py"
@@ -63,9 +93,6 @@ def browser_of_tests() -> Any:
 
 def start(module: Any) -> Any:
     return module.Browser("chromium", shutil.which("chromedriver"))
-
-
-# ---- times -------------------------------------------------------------------------------------------------------
 
 
 def synthetic(folder: Path, n: int, d: int) -> RunFolder:
@@ -82,10 +109,13 @@ def synthetic(folder: Path, n: int, d: int) -> RunFolder:
         for name in ("density", "mean_act", "max_act", "cosine", "encoder_norm")
     }
     arrays["density"] **= 6
+    arrays["density"][random.random(n) < 0.03] = 0  # dead
     arrays["contexts"] = random.integers(0, VOCABULARY, (CONTEXTS, LENGTH)).astype(np.int32)
-    shape = (n, EXAMPLES)
-    for kind in ("top", "band", "random"):
-        acts = random.random((n, EXAMPLES, BEFORE + 1 + AFTER), np.float32).astype(np.float16)
+    # Latents of a theme write similar directions and fire on the same token most.
+    theme = random.integers(0, THEMES, n)
+    for kind, examples in (("top", EXAMPLES), ("band", BANDS * PER_BAND), ("random", EXAMPLES)):
+        shape = (n, examples)
+        acts = random.random((*shape, BEFORE + 1 + AFTER), np.float32).astype(np.float16)
         acts[acts < 0.85] = 0
         arrays |= {
             f"{kind}_context": random.integers(0, CONTEXTS, shape).astype(np.int32),
@@ -93,9 +123,21 @@ def synthetic(folder: Path, n: int, d: int) -> RunFolder:
             f"{kind}_value": random.random(shape, np.float32),
             f"{kind}_acts": acts,
         }
-    arrays |= {
+    shape = (n, EXAMPLES)
+    on_token = random.integers(0, VOCABULARY, shape).astype(np.int32)
+    on_token[:, 0] = np.where(random.random(n) < 0.6, theme, on_token[:, 0])
+    logits = {
+        name: random.integers(0, VOCABULARY, (n, LOGITS)).astype(np.int32)
+        for name in ("logits_up_token", "logits_down_token")
+    }
+    logits["logits_up_token"][:, 0] = on_token[:, 0]
+    arrays |= logits | {
+        "logits_up_value": -np.sort(-random.random((n, LOGITS), np.float32)),
+        "logits_down_value": np.sort(-random.random((n, LOGITS), np.float32)),
+        "logits_spread": random.random(n, np.float32),
+        "logits_histogram": random.integers(0, 500, (n, LOGIT_BINS)).astype(np.int32),
         "histogram": random.integers(0, 500, (n, 20)).astype(np.int32),
-        "on_token": random.integers(0, VOCABULARY, shape).astype(np.int32),
+        "on_token": on_token,
         "on_share": -np.sort(-random.random(shape, np.float32)) / 3,
         "together_latent": random.integers(0, n, shape).astype(np.int32),
         "together_phi": -np.sort(-random.random(shape, np.float32)),
@@ -107,7 +149,10 @@ def synthetic(folder: Path, n: int, d: int) -> RunFolder:
         "stats",
         {
             "window": {"before": BEFORE, "after": AFTER},
-            "bands": {"count": 4, "each": 2},
+            "bands": {"count": BANDS, "each": PER_BAND},
+            "on_share_of": "mass",
+            "direct_logits": {"blocks_left_out": 2, "capped": False},
+            "policy": {"bos_token": 0, "separator_token": 0},
             "checkpoint": 0,
         },
     )
@@ -165,10 +210,21 @@ def synthetic(folder: Path, n: int, d: int) -> RunFolder:
             }
         },
     )
+    explained = random.choice(n, min(EXPLAINED, n), replace=False).tolist()
+    write(
+        run,
+        "explain",
+        {
+            "latents": [
+                {"latent": i, "explanation": f"words like w{theme[i]} in lists", "detection": 0.8}
+                for i in explained
+            ]
+        },
+    )
+    themes = random.standard_normal((THEMES, d), np.float32)
     with checksums.checksummed_dir(run.checkpoint(1)) as tmp:
-        save_file(
-            {"W_dec": random.standard_normal((n, d), np.float32)}, tmp / "sae.safetensors"
-        )  # all that is read of it
+        rows = themes[theme] + random.standard_normal((n, d), np.float32)
+        save_file({"W_dec": rows}, tmp / "sae.safetensors")  # all that is read of it
     return run
 
 
@@ -176,135 +232,97 @@ def write(run: RunFolder, name: str, result: dict[str, Any]) -> None:
     jsonio.write_json(run.eval_file(name), {"name": name, "notes": []} | result)
 
 
-def times(latents: list[int], width: int, rounds: int, export: bool) -> None:
+def times(latents: list[int], width: int, rounds: int, export: bool, folder: Path) -> None:
     module, rows = browser_of_tests(), []
     browser, random = start(module), np.random.default_rng(1)
-    with tempfile.TemporaryDirectory() as folder:
-        for n in latents:
-            run = synthetic(Path(folder) / f"n{n}", n, width)
+    for n in latents:
+        run = RunFolder(folder / f"n{n}")
+        if not run.exists():
+            synthetic(run.path, n, width)
+        began = time.monotonic()
+        with module.serving(run) as port:
+            base = f"http://127.0.0.1:{port}/?token={module.TOKEN}"
+            browser.open(base)
+            browser.find("tbody tr")
+            spent = round(time.monotonic() - began, 2)
+            figures = {"n": n, "pages": "served", "start_s": spent}
+            rows.append(figures | measure(browser, base, n, rounds, random))
+            print(json.dumps(rows[-1]), flush=True)
+        if export:
             began = time.monotonic()
-            with module.serving(run) as port:
-                base = f"http://127.0.0.1:{port}/?token={module.TOKEN}"
-                browser.open(base)
-                browser.find("tbody tr")
-                rows.append(
-                    {
-                        "n": n,
-                        "pages": "served",
-                        "start_s": round(time.monotonic() - began, 2),
-                        **measure(browser, base, n, rounds, random),
-                    }
-                )
-            if export:
-                began = time.monotonic()
-                page = viewer.export(run, Path(folder) / f"site{n}")
-                spent = time.monotonic() - began
-                rows.append(
-                    {
-                        "n": n,
-                        "pages": "from the disk",
-                        "export_s": round(spent),
-                        **measure(browser, page.as_uri(), n, rounds, random),
-                    }
-                )
+            page = viewer.export(run, folder / f"site{n}")
+            figures = {
+                "n": n,
+                "pages": "from the disk",
+                "export_s": round(time.monotonic() - began),
+            }
+            rows.append(figures | measure(browser, page.as_uri(), n, rounds, random))
+            print(json.dumps(rows[-1]), flush=True)
     browser.driver.quit()
-    for row in rows:
-        print(json.dumps(row))
+
+
+def busy_seconds(browser: Any) -> float:
+    """Return the processor time of the page's thread so far, which other work does not change."""
+    browser.driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    metrics = browser.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    return next(entry["value"] for entry in metrics if entry["name"] == "TaskDuration")
 
 
 def measure(
     browser: Any, page: str, n: int, rounds: int, random: np.random.Generator
-) -> dict[str, float]:
-    """Return medians in milliseconds: of the first paint, of the table, of a latent's own text and counts, and of its neighbours too."""
-    paints, switches = [], []
+) -> dict[str, Any]:
+    """Return medians in milliseconds: of the first paint, the table, a latent's own text and
+    counts, its neighbours too, the map (the first time, and again), and of the map's frames while
+    it is zoomed, with the longest, and the processor time of one; and the load averages before and
+    after."""
+    paints, switches, maps = [], [], []
+    before = os.getloadavg()[0]
+    run_js = browser.driver.execute_async_script
     for _ in range(rounds):
         browser.open("about:blank")
         browser.driver.execute_cdp_cmd("Network.clearBrowserCache", {})
         browser.open(page)
-        paints.append(browser.driver.execute_async_script(PAINT))
+        paints.append(run_js(PAINT))
     for number in random.integers(0, n, rounds).tolist():
-        switches.append(browser.driver.execute_async_script(SWITCH, number))
+        switches.append(run_js(SWITCH, number))
+    for _ in range(3):
+        maps.append(run_js(MAP))
+        run_js("location.hash = '#/latent/0'; setTimeout(arguments[0], 300)")
+    run_js(MAP)
+    spent = busy_seconds(browser)
+    frames = run_js(MOVE, 3 * rounds)
+    spent = busy_seconds(browser) - spent
     names = ("first_paint_ms", "table_ms", "latent_ms", "latent_and_neighbours_ms")
-    return {
+    medians = {
         name: round(statistics.median(values), 1)
         for name, values in zip(names, [*zip(*paints), *zip(*switches)])
     }
-
-
-# ---- shots -------------------------------------------------------------------------------------------------------
-
-
-def shots(run: RunFolder, out: Path) -> None:
-    """Write pictures of the main pages: NAME-SCHEME-WIDTH.png."""
-    module = browser_of_tests()
-    browser = start(module)
-    latent = Resources(run, 1).columns.first_rows["latents"][0]
-    text = "def area(self, width, height):\n    return"
-    pages = {
-        "latents": ("#/", "td.words .pair, td.words"),
-        "latent": (f"#/latent/{latent}", ".panel .list .row"),
-        "map": ("#/map", "canvas"),
-        "search": ("#/search?q=self", "#hits-text .row, #hits-text .missing"),
-        "try": (
-            f"#/try?latent={latent}&value=1&text=" + text.replace(" ", "%20").replace("\n", "%0A"),
-            "#predictions tr, .missing",
-        ),
-        "report": ("", "h1"),
+    return medians | {
+        "map_first_ms": round(maps[0]),
+        "map_again_ms": round(statistics.median(maps[1:]), 1),
+        "map_frame_ms": round(statistics.median(frames), 1),
+        "map_longest_frame_ms": round(max(frames), 1),
+        "map_frame_cpu_ms": round(1000 * spent / len(frames), 1),
+        "load": [round(before, 1), round(os.getloadavg()[0], 1)],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with module.serving(run) as port:
-        for name, (path, ready) in pages.items():
-            for scheme in ("light", "dark"):
-                for width in (1280, 390):
-                    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-                    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-                    browser.driver.execute_cdp_cmd(
-                        "Emulation.setEmulatedMedia",
-                        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
-                    )
-                    browser.open("about:blank")
-                    browser.open(
-                        f"http://127.0.0.1:{port}/{'' if path else 'report.html'}?token={module.TOKEN}{path}"
-                    )
-                    browser.find(ready)
-                    time.sleep(0.4)  # for what comes after
-                    height = min(2400, browser.js("return document.documentElement.scrollHeight"))
-                    browser.driver.execute_cdp_cmd(
-                        "Emulation.setDeviceMetricsOverride", size | {"height": height}
-                    )
-                    time.sleep(0.2)
-                    browser.driver.save_screenshot(str(out / f"{name}-{scheme}-{width}.png"))
-                    sticks = browser.js("return document.documentElement.scrollWidth - innerWidth")
-                    print(
-                        out / f"{name}-{scheme}-{width}.png",
-                        *browser.drain()[0],
-                        *([f"wider than the window by {sticks}"] if sticks > 0 else []),
-                    )
-    browser.driver.quit()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    timing = verbs.add_parser("times")
-    timing.add_argument("--latents", type=int, nargs="+", default=[4_096, 131_072])
-    timing.add_argument("--width", type=int, default=768)
-    timing.add_argument("--rounds", type=int, default=20)
-    timing.add_argument(
+    parser.add_argument("--latents", type=int, nargs="+", default=[4_096, 131_072])
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
         "--export",
         action="store_true",
         help="also write and open static pages: minutes at many latents",
     )
-    shooting = verbs.add_parser("shots")
-    shooting.add_argument("run", type=Path)
-    shooting.add_argument("--out", type=Path, default=Path("shots"))
+    parser.add_argument("--keep", type=Path, help="keep the made-up runs in this folder")
     asked = parser.parse_args()
-    if asked.verb == "times":
-        times(asked.latents, asked.width, asked.rounds, asked.export)
-    else:
-        shots(open_run(asked.run), asked.out)
+    with tempfile.TemporaryDirectory() as folder:
+        times(asked.latents, asked.width, asked.rounds, asked.export, asked.keep or Path(folder))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ LINES = [
     {"sae", "lm"},
     {"data", "steering"},
     {"planning"},
-    {"evals", "training", "interop"},
+    {"evals", "interop"},
+    {"training"},
     {"judging", "scaling", "explain"},
     {"studies"},
     {"report", "doctor", "bench"},
@@ -102,7 +103,7 @@ def test_imports_point_one_way(file):
     "source, module",
     [
         ("from ksparse.sae.model import SAE", "ksparse.storage.atomic"),
-        ("def f():\n    from ksparse import evals", "ksparse.training.train"),
+        ("def f():\n    from ksparse import scaling", "ksparse.training.train"),
         ("import ksparse.lm.model", "ksparse.sae.model"),
         ("from ..training import train", "ksparse.lm.model"),
         ("import_module('ksparse.cli')", "ksparse.storage.run_folder"),

@@ -40,6 +40,11 @@ def test_view_writes_pages_and_says_where(verb, small_recipe, tmp_path):
     (run / "recipe.toml").write_text(to_toml(small_recipe()))
     code, out, _ = verb("view", run, "--export", tmp_path / "site")
     assert code == 0 and out == f"pages    {(tmp_path / 'site' / 'index.html').as_uri()}\n"
+    code, out, _ = verb("view", run, "--export", tmp_path / "site", "--latent", 5)
+    assert code == 0 and out.endswith("/index.html#/latent/5\n")
+    code, _, err = verb("view", run, "--export", tmp_path / "site", "--latent", 64)
+    assert code == 2 and "--latent 64: there is no such latent; " in err
+    assert "has latents 0 to 63. Give one of these" in err
     code, _, err = verb("view", run, "--export", run)
     assert code == 2 and "holds something else than an exported site" in err
     code, _, err = verb("view", tmp_path / "nothing")

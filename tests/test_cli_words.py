@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import ksparse
 from ksparse import cli, studies
 from ksparse.cli import arguments
 from ksparse.cli.arguments import box_of, flags_of_verb
@@ -37,7 +38,7 @@ def test_help_lists_every_verb_in_its_group_within_the_width(verb):
     groups = re.split(r"\n\n(?=\S)", out)
     found = [set(re.findall(r"^  (\w+)", group, re.MULTILINE)) for group in groups[1:-1]]
     assert set().union(*found) == set(cli.VERBS) and len(found) == len(cli.GROUPS) == 8
-    assert found[2] == {"eval", "compare", "study", "probes", "explain"}
+    assert found[2] == {"eval", "compare", "study", "sanity", "probes", "explain"}
     assert max(map(len, out.splitlines())) <= 100
 
 
@@ -222,11 +223,12 @@ def test_mistakes_are_found_before_torch_loads(words, message, tmp_path):
         ("runs/mine", True),
         ("model.gguf", True),
         ("owner/weights.safetensors", True),
-        ("here/nothing", True),
+        ("here/nothing", False),
+        ("here/below/nothing", True),
     ],
 )
 def test_what_is_plainly_a_path_is_told_from_a_name_on_the_hub(name, local, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert hub.is_plainly_local(name) is local
 
@@ -242,12 +244,13 @@ def no_requests(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["./nope", "/nope/at/all", "runs/nope", "nope.safetensors", "a/b/c", "a--b", "here/no"]
+    "name",
+    ["./nope", "/nope/at/all", "runs/nope", "nope.safetensors", "a/b/c", "a--b", "here/x/no"],
 )
 def test_a_missing_path_is_one_sentence_without_a_request(name, no_requests, tmp_path, monkeypatch):
     from ksparse.lm.loading import find_model
 
-    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "x").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rf"^the SAE {re.escape(name)} does not exist; give a run"):
         serialization.locate(name)
@@ -255,12 +258,32 @@ def test_a_missing_path_is_one_sentence_without_a_request(name, no_requests, tmp
         find_model(name)
 
 
-@pytest.mark.parametrize("text", ["texts/mine.txt", "runs/nope", "here/nothing", "~/texts"])
-def test_a_missing_text_is_no_data_set_on_the_hub(text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["here/no"])
+def test_a_name_of_the_hub_in_a_folder_that_is_here_is_asked_for_and_both_are_named(
+    name, tmp_path, monkeypatch
+):
+    """A folder may have the name of an owner: `google/` with models of one's own."""
     from ksparse.config import ActsConfig
     from ksparse.data import documents
 
     (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    both = r"(Hub|cannot be loaded|data set).*nor is it here: the folder here has no 'no'"
+    for load in (
+        ksparse.load,
+        ksparse.LM,
+        lambda name: next(iter(documents.documents(ActsConfig(text=name), "train"))),
+    ):
+        with pytest.raises(InputError, match=both):
+            load(name)
+
+
+@pytest.mark.parametrize("text", ["texts/mine.txt", "runs/nope", "here/x/nothing", "~/texts"])
+def test_a_missing_text_is_no_data_set_on_the_hub(text, tmp_path, monkeypatch):
+    from ksparse.config import ActsConfig
+    from ksparse.data import documents
+
+    (tmp_path / "here" / "x").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rf"text {re.escape(text)} does not exist; give a file"):
         next(iter(documents.documents(ActsConfig(text=text), "train")))

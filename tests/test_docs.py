@@ -87,7 +87,9 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, small_recipe):
     monkeypatch.setattr(
         ksparse,
         "evaluate",
-        lambda sae, lm, names: whole(sae, lm, names, EvalConfig(tokens=300, device="cpu")),
+        lambda sae, lm, names, save: whole(
+            sae, lm, names, EvalConfig(tokens=300, device="cpu"), save=save
+        ),
         raising=False,
     )
     names: dict = {}
@@ -95,6 +97,7 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, small_recipe):
     assert names["code"].values.shape == names["code"].indices.shape
     assert names["code"].values.shape[1] == 4
     assert names["results"]["stats"]["nmse"]["value"] > 0
+    assert names["ids"].shape[1] > names["lm"].tokenize("def area(").shape[1]
 
 
 def blocks(file: str) -> str:
@@ -260,6 +263,7 @@ def test_formats_that_are_only_read_are_in_the_docs():
         "README.md",
         "docs/architecture.md",
         "docs/extending.md",
+        "docs/first-day.md",
         "docs/formats.md",
         "docs/glossary.md",
         "docs/interop.md",

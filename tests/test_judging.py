@@ -4,13 +4,15 @@ import builtins
 import dataclasses
 import io
 import json
+import subprocess
 import sys
 
 import pytest
 
 import ksparse
-from ksparse import display, progress
+from ksparse import display, html, progress
 from ksparse.errors import InputError
+from ksparse.evals.comparison import SAEComparison
 from ksparse.evals.statistics import Result, Results
 from ksparse.sae.model import SAE, Shape
 from ksparse.training.train import train
@@ -39,6 +41,43 @@ def test_an_sae_a_run_and_its_path_have_the_same_results_as_plain_json(run):
     assert json.dumps(found[0]) == json.dumps(found[1]) == json.dumps(found[2])
 
 
+def test_an_lm_may_be_named_and_is_read_at_the_saes_site(run, tiny_lm):
+    own = ksparse.evaluate(run, names="stats", progress=False, **SMALL)["stats"]
+    for lm in (str(tiny_lm("gpt2")), tiny_lm("gpt2")):
+        named = ksparse.evaluate(run, lm, "stats", progress=False, **SMALL)["stats"]
+        assert (named["lm"], named["site"]) == (str(tiny_lm("gpt2")), "resid_post.1")
+        assert named["nmse"] == own["nmse"]
+    found = ksparse.compare([run, run], str(tiny_lm("gpt2")), "stats", progress=False, **SMALL)
+    assert [row.values["nmse"]["value"] for row in found.rows] == [own["nmse"]["value"]] * 2
+
+
+def test_another_lm_by_name_is_refused_as_its_object_is(run):
+    with pytest.raises(InputError, match="model_type is 'llama', but 'gpt2' where the SAE was tr"):
+        ksparse.evaluate(run, "pylm/0.3m", "stats", progress=False, **SMALL)
+
+
+def test_saved_results_are_those_that_latents_and_steering_read(run):
+    with pytest.raises(InputError, match="there is no result of `stats`"):
+        ksparse.load(run).latent(3).max  # noqa: B018
+    found = ksparse.evaluate(run, names="stats", save=True, progress=False, **SMALL)["stats"]
+    assert run.eval("stats")["nmse"] == found["nmse"]
+    sae = ksparse.load(run)
+    assert sae.latent(3).max == pytest.approx(float(found.arrays["max_act"][3]))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"force": True}, "keeps only results on its own LM and site, not those with force"),
+        ({"lm": "pylm/0.3m"}, "not those on lm 'pylm/0.3m'"),
+    ],
+)
+def test_a_run_keeps_no_results_on_another_lm(run, arguments, words):
+    with pytest.raises(InputError, match=words):
+        ksparse.evaluate(run, names="stats", save=True, progress=False, **SMALL, **arguments)
+    assert run.eval("stats") is None
+
+
 def test_the_table_is_printed_on_a_terminal_and_neither_in_a_log_nor_when_silenced(
     run, monkeypatch, capsys
 ):
@@ -50,6 +89,30 @@ def test_the_table_is_printed_on_a_terminal_and_neither_in_a_log_nor_when_silenc
         ksparse.evaluate(run, names="stats", progress=shown, **SMALL)
         assert ("explained_variance" in stream.getvalue()) is shown
         assert bool(stream.getvalue()) is shown
+
+
+def test_a_prompt_and_a_notebook_show_the_table_once_as_the_value_that_is_returned(
+    monkeypatch, capsys
+):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    display.show("a table")
+    assert stream.getvalue() == "'a table'\n"
+    for where, name in ((sys, "ps1"), (builtins, "__IPYTHON__")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, True, raising=False)
+            display.show("a second table")
+    monkeypatch.setattr(display, "place", lambda: "notebook")
+    display.show("a second table")
+    assert "second" not in stream.getvalue() + capsys.readouterr().out
+
+
+def test_a_notebook_without_widgets_has_no_warning_of_a_bar_that_we_do_not_draw():
+    script = "import ksparse, warnings; warnings.warn('IProgress not found. Please update')"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_progress_is_shown_by_the_outermost_alone():
@@ -73,7 +136,9 @@ def test_train_says_that_it_is_done_unless_silenced(small_recipe, tmp_path, caps
         ((SAE(Shape(4, 8, 2)), None, []), {}, "no evaluation is named; there are downstream"),
         ((SAE(Shape(4, 8, 2)), "stats"), {}, "third argument: names='stats'"),
         ((SAE(Shape(4, 8, 2)), ["stats"]), {}, r"third argument: names=\['stats'\]"),
-        ((SAE(Shape(4, 8, 2)), "gpt2"), {}, "lm is 'gpt2'; it must be an LM with its site"),
+        ((SAE(Shape(4, 8, 2)), 3), {}, "lm is 3; it must be an LM with its site"),
+        ((SAE(Shape(4, 8, 2)), "gpt2"), {}, "give gpt2 with one: ksparse.LM.'gpt2', site=…"),
+        ((SAE(Shape(4, 8, 2)),), {"save": True}, "and this one was not loaded from a run"),
         ((3,), {}, "evaluate needs an SAE, not 3; give a run, a path"),
         (("runs/x", None, "stats"), {"token": 3}, "there is no option 'token'; did you mean"),
         (("runs/x", None, "stats", 3), {}, "options is 3; it must be an EvalConfig or a dict"),
@@ -135,6 +200,26 @@ def test_a_result_is_a_table_of_values_beside_their_baselines():
     assert lines[3].split() == ["kl", "-"] and lines[4] == "note: <i>" and len(lines) == 5
 
 
+def test_a_result_without_baselines_has_no_column_for_them():
+    table = Result({"name": "stats", "l0": {"value": 4.0, "se": None}}).table()
+    assert (table.header, table.rows) == (("number", "value ± se"), [("l0", "4.0000")])
+
+
+def test_notes_that_all_compared_saes_share_are_said_once():
+    def results(*notes):
+        value = {"value": 1.0, "se": 0.1}
+        return {name: {"name": name, "kl": value, "notes": notes} for name in ("a", "b")}
+
+    found = SAEComparison.of({"x": results("of both", "of x"), "y": results("of both")}, {}, "x")
+    assert found.notes() == ["note: of both", "note: x: of x"]
+
+
+def test_lines_of_tokens_are_lines_and_spaces_in_cells_stay():
+    shown = html.tokens(["a\n  b", "<"], [(-1, 0.0, ""), (3, 1.0, "")])
+    assert "a↵\n  b" in shown and "&lt;" in shown and "pre-wrap" in shown
+    assert 'white-space:pre-wrap">   </td>' in html.grid(["token"], [["   "]])
+
+
 def test_html_escapes_all_text():
     html = Results(a=Result(RESULT))._repr_html_()
     assert "&lt;b&gt;x&lt;/b&gt;" in html and "<b>" not in html and "<i>" not in html
@@ -151,6 +236,11 @@ def test_without_pandas_to_frame_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(InputError, match="pandas is not installed: pip install pandas"):
         Result(RESULT).to_frame()
+
+
+def test_one_document_is_not_documents():
+    heads = [repr(Result(RESULT | {"n_documents": n})).splitlines()[0] for n in (1, 2)]
+    assert heads[0].endswith(" · 1 document") and heads[1].endswith(" · 2 documents")
 
 
 def test_a_frame_has_a_row_for_each_number():

@@ -77,6 +77,16 @@ def test_a_sae_of_unknown_origin_has_no_lm():
         SAE(Shape(8, 16, 2)).lm()
 
 
+def test_the_site_of_an_sae_that_does_not_say_it_is_not_guessed():
+    sae = SAE(Shape(64, 16, 2), {"origin": {"format": "sparsify", "lm": "pylm/0.3m"}})
+    with pytest.raises(InputError, match="does not say which LM it was trained on"):
+        sae.lm()
+    with pytest.raises(InputError, match="does not say at which site .* ksparse.LM.'pylm/0.3m', s"):
+        ksparse.evaluate(sae, "pylm/0.3m", "stats")
+    sae.metadata["origin"]["site"] = "resid_post.2"
+    assert sae.lm().options.site == "resid_post.2"
+
+
 def test_texts_are_cut_into_contexts_as_in_training_and_do_not_mix(run):
     sae = ksparse.load(run)
     lm = sae.lm()
@@ -146,6 +156,8 @@ def test_a_latents_logits_are_those_of_stats_or_computed_again(run):
         values = [[value for _, value in rows[name]] for rows in (kept, again)]
         assert values[0] == pytest.approx(values[1], rel=1e-4)
     assert len(sae.latent(3).logits(30)["raises"]) == 30
+    shown = sae.latent(3)._repr_html_()
+    assert all(f"{value:+.2f}" in shown for rows in kept.values() for _, value in rows)
 
 
 def test_steering_is_in_multiples_of_the_largest_value(run, caplog):

@@ -16,6 +16,7 @@ from ksparse import steering
 from ksparse.errors import InputError
 from ksparse.lm.model import LM
 from ksparse.lm.sites import resolve
+from ksparse.lm.tokens import token_strings
 from ksparse.sae.model import SAE, Shape
 from ksparse.steering import (
     attach,
@@ -651,3 +652,36 @@ def test_a_continuation_is_the_likeliest_tokens_whatever_the_models_folder_says_
     told = lm.model.generation_config
     assert steering.continue_text(lm, "a cat", tokens=8).tokens == plain.tokens
     assert lm.model.generation_config is told
+
+
+def test_a_choice_is_attributed_as_the_metric_of_its_tokens(tiny):
+    lm, sae = tiny
+    prompt, (toward, away, *_) = "the cat sat on", lm.tokens("ab")
+    found = steering.attribute_choice(lm, sae, prompt, toward, away)
+    metric = logit_difference(lm, [toward], [away])
+    effects = torch.zeros(sae.n_latents, dtype=torch.float64)
+    for latent, effect in found.effects().items():
+        effects[latent] = effect
+    torch.testing.assert_close(effects, attribute(lm, sae, [prompt], metric))
+    with torch.no_grad():
+        logits = lm.model(lm.tokenize(prompt)).logits[0, -1]
+    assert found.value == pytest.approx(float(metric(logits)), abs=1e-5)
+    assert "".join(found.tokens[1:]) == prompt and len(found.code.values) == len(found.tokens)
+    first = next(iter(found.effects()))
+    assert f"{first} " in repr(found).splitlines()[2] and f"latent {first}: " in found._repr_html_()
+    sums = torch.tensor([abs(effect) for effect in found.effects().values()])
+    assert (sums.diff() <= 0).all()
+
+
+def test_a_comparison_marks_the_tokens_that_steering_changes_and_those_alone(tiny):
+    lm, sae = tiny
+    prompt = "the cat <b>"
+    latent = int(sae.encode(lm(prompt)).indices[-1, 0])
+    same = compare(lm, sae, prompt, {latent: 1.0}, unit="value", scale={}, tokens=1)
+    found = compare(lm, sae, prompt, {latent: -300.0}, unit="value", tokens=4)
+    differ = sum(a != b for a, b in zip(found.before.tokens, found.after.tokens))
+    assert differ and found._repr_html_().count("background:") == differ
+    assert (same.before.tokens == same.after.tokens) == ("background:" not in same._repr_html_())
+    assert "<b>" not in found._repr_html_() and "&lt;b&gt;" in found._repr_html_()
+    assert found.before.strings == token_strings(lm.tokenizer, found.before.tokens)
+    assert f"KL {found.kl:.4f}" in repr(found) and prompt + found.after.text in repr(found)

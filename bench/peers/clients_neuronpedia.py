@@ -3,8 +3,8 @@
     python clients_neuronpedia.py CHECKOUT URL EXPORT NODE          import, and print {table: rows} as JSON
     python clients_neuronpedia.py CHECKOUT URL --facts FILE         write the facts of the tables that tests/interop checks against
 
-CHECKOUT: apps/webapp of a clone of hijohnnylin/neuronpedia is in it. URL: of a Postgres server, in which the database `ksparse_judge` is made anew. EXPORT: the
-folder of one source, MODEL/LAYER-SET. NODE: a folder with node_modules/pg and node_modules/typescript (npm install --ignore-scripts pg typescript).
+CHECKOUT: a clone of hijohnnylin/neuronpedia. URL: of a Postgres server, in which the database `ksparse_judge` is made anew. EXPORT: the folder of one source,
+MODEL/LAYER-SET; or one of SAEDashboard's batch-K.json, which their convert-saedashboard-to-neuronpedia-export.py makes it of (typer, orjson, python-dotenv). NODE: a folder with node_modules/pg and node_modules/typescript (npm install --ignore-scripts pg typescript).
 
 The tables are made by their migrations (without pgvector its columns are text; nothing is imported into them). Features, activations and explanations are
 written by their importJsonlString (lib/db/import.ts). Their importer makes the other rows with Prisma, whose engines are not on the package index, so the same
@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ CREATED = {
     "source": "Source",
 }
 IMPORTED = {"features": "Neuron", "activations": "Activation", "explanations": "Explanation"}
+SCORED = ("ExplanationScoreModel", "ExplanationScore")
 SEEDED_USER = "clkht01d40000jv08hvalcvly"
 IMPORTER = """
 const fs = require('fs'), zlib = require('zlib'), ts = require('typescript');
@@ -54,14 +56,68 @@ def main() -> None:
         lines = [f'"{key}": {json.dumps(value)}' for key, value in facts(connection).items()]
         Path(rest[1]).write_text("{\n" + ",\n".join(lines) + "\n}\n")
         return
-    export, node = Path(rest[0]), Path(rest[1])
+    with tempfile.TemporaryDirectory() as work:
+        export = converted(Path(checkout), Path(rest[0]), Path(work))
+        address, node = f"{url}/{DATABASE}", Path(rest[1])
+        print(json.dumps(imported(connection, address, webapp, export, node)))
+
+
+def converted(checkout: Path, export: Path, work: Path) -> Path:
+    """Return the folder of a source; made by their converter if it is SAEDashboard's."""
+    if not (export / "batch-0.json").exists():
+        return export
+    utils = checkout.resolve() / "utils" / "neuronpedia-utils"
+    options = {
+        "saedashboard-output-dir": export.resolve(),
+        "creator-name": "me",
+        "release-id": "test",
+        "release-title": "test",
+        "url": "https://example.org",
+        "model-name": "tiny",
+        "neuronpedia-source-set-id": "test",
+        "neuronpedia-source-set-description": "test",
+        "hf-weights-repo-id": "nobody/nothing",
+        "hf-weights-path": "a/b",
+        "hook-point": "hook_resid_post",
+        "layer-num": json.loads((export / "batch-0.json").read_text())["layer"],
+        "prompts-huggingface-dataset-path": "nobody/nothing",
+        "n-prompts-total": 1,
+        "n-tokens-in-prompt": 1,
+    }
+    script = utils / "neuronpedia_utils" / "convert-saedashboard-to-neuronpedia-export.py"
+    done = subprocess.run(
+        [
+            sys.executable,
+            script,
+            *(f"--{key}={value}" for key, value in options.items()),
+            "--zero-out-bos-token",
+        ],
+        cwd=work,
+        env={**os.environ, "PYTHONPATH": str(utils), "DEFAULT_CREATOR_ID": SEEDED_USER},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{script.name}: {done.stdout[-1000:]} {done.stderr[-2000:]}")
+    return next((work / "exports" / "tiny").iterdir())
+
+
+def imported(
+    connection: Any, address: str, webapp: Path, export: Path, node: Path
+) -> dict[str, int]:
+    """Import a folder; return {table: rows}."""
     schema = (webapp / "prisma" / "schema.prisma").read_text()
     for name, table in CREATED.items():
         for line in (export / f"{name}.jsonl").read_text().splitlines():
-            create(connection, schema, table, json.loads(line))
+            row = json.loads(line)
+            if not row.get("inferenceHosts"):  # their route leaves an empty list out
+                row.pop("inferenceHosts", None)
+            create(connection, schema, table, row)
     (node / "importer.js").write_text(IMPORTER)
     for name, table in IMPORTED.items():
         paths = sorted((export / name).glob("*.jsonl.gz"))
+        if not paths:
+            continue
         done = subprocess.run(
             [
                 "node",
@@ -71,7 +127,7 @@ def main() -> None:
                 *(path.resolve() for path in paths),
             ],
             cwd=node,
-            env={"POSTGRES_URL_NON_POOLING": f"{url}/{DATABASE}", "PATH": os.environ["PATH"]},
+            env={"POSTGRES_URL_NON_POOLING": address, "PATH": os.environ["PATH"]},
             capture_output=True,
             text=True,
         )
@@ -82,7 +138,7 @@ def main() -> None:
         for table in [*CREATED.values(), *IMPORTED.values()]:
             cursor.execute(f'SELECT count(*) FROM "{table}"')
             counts[table] = cursor.fetchone()[0]
-    print(json.dumps(counts))
+    return counts
 
 
 def new_database(url: str, webapp: Path) -> Any:
@@ -151,7 +207,7 @@ def facts(connection: Any) -> dict[str, Any]:
     """Return {table: {columns: {name: [type, required]}, references: {columns: [table, columns]}}}."""
     found: dict[str, Any] = {}
     with connection.cursor() as cursor:
-        for table in [*CREATED.values(), *IMPORTED.values()]:
+        for table in [*CREATED.values(), *IMPORTED.values(), *SCORED]:
             cursor.execute(
                 "SELECT column_name, CASE data_type WHEN 'ARRAY' THEN ltrim(udt_name, '_') || '[]' WHEN 'USER-DEFINED' THEN udt_name ELSE data_type END, "
                 "is_nullable = 'NO' AND column_default IS NULL, is_nullable = 'NO' FROM information_schema.columns WHERE table_name = %s AND table_schema = 'public' ORDER BY 1",

@@ -4,7 +4,7 @@
 
 FOLDER/sae_lens/KIND, FOLDER/dictionary_learning/KIND: the files. LM: a Hugging Face LLaMA in a folder. TEXT: a file with a document per line. Prints a JSON
 list of {client, kind, …}; a client that stops has `error`. In the environment: sae-lens==6.54.12, dictionary-learning==0.1.0, and by --no-deps sae-dashboard==0.8.0,
-sae-bench==0.6.0 (their pins exclude one another), matplotlib; no torchvision.
+sae-bench==0.6.0 (their pins exclude one another), dataclasses-json, eindex-callum, matplotlib; no torchvision.
 
 Replaced, since nothing is downloaded: the LM that SAELens' load_model("HookedTransformer", …) would fetch by name, and hf_hub_download. The class of the LM is the
 one that cfg.json names.
@@ -120,7 +120,9 @@ def dashboard(path: Path, lm: Path, text: Path) -> dict[str, Any]:
 
     def from_pretrained(**options: Any) -> Any:
         hf = AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32)
-        return llama_hooked.build(hf, AutoTokenizer.from_pretrained(lm), HookedSAETransformer)
+        model = llama_hooked.build(hf, AutoTokenizer.from_pretrained(lm), HookedSAETransformer)
+        model.process_weights_()  # as TransformerLens' from_pretrained does
+        return model
 
     HookedSAETransformer.from_pretrained = from_pretrained
     if not hasattr(SAE, "load_from_pretrained"):
@@ -167,7 +169,13 @@ def dashboard(path: Path, lm: Path, text: Path) -> dict[str, Any]:
             ]
         finally:
             os.chdir(home)
-    return {"features": len(features), "keys": sorted(features[0]) if features else []}
+    ends = ("pos_str", "pos_values", "neg_str", "neg_values")
+    logits = {str(each["feature_index"]): {end: each[end] for end in ends} for each in features}
+    return {
+        "features": len(features),
+        "keys": sorted(features[0]) if features else [],
+        "logits": logits,
+    }
 
 
 def saebench(path: Path, lm: Path, text: Path) -> dict[str, Any]:

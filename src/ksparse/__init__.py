@@ -6,11 +6,16 @@
     ksparse.evaluate(sae, lm, ["downstream", "probes", "n2g"])
     ksparse.compare(["runs/k16", "runs/k32"])                  # paired differences
     run  = ksparse.train(lm="gpt2", site="resid_post.8", text="my.txt", out="runs/mine")
+    ksparse.fit(ksparse.sweep("sweep.toml"))                   # scaling laws of a grid of recipes
 
 Names are imported when they are first used, so `import ksparse` does not import torch.
 """
 
+import warnings
 from typing import Any
+
+# tqdm, which other libraries import, warns in a notebook without widgets; we draw no bar with it.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 _MODULE_OF = {
     "Code": "ksparse.sae.model",
@@ -22,10 +27,12 @@ _MODULE_OF = {
     "compare": "ksparse.judging",
     "convert": "ksparse.interop",
     "evaluate": "ksparse.judging",
+    "fit": "ksparse.scaling.calls",
     "load": "ksparse.interop",
     "open_run": "ksparse.storage.run_folder",
     "save": "ksparse.sae.serialization",
     "steer": "ksparse.steering",
+    "sweep": "ksparse.scaling.calls",
     "train": "ksparse.training.train",
 }
 __all__ = sorted(_MODULE_OF)

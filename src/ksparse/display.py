@@ -2,15 +2,16 @@
 
     shown("training")      progress until the block ends, unless somebody observes already
     ProgressBar            a bar on a terminal, one line in a notebook, lines in a log
-    show(table)            print a table where a person looks: on a terminal or in a notebook
+    show(table)            print a table on a terminal, for a script; elsewhere its value is shown
     Table                  rows of text, as plain text and as HTML in which all text is escaped
-    to_frame(rows)         rows as a pandas DataFrame
+    to_frame(table)        rows or columns as a pandas DataFrame
 
 Beside the command line, this is the only module that prints, and `progress=False` silences it.
 """
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 import threading
@@ -273,9 +274,9 @@ class _NotebookLine:
 
         line = _InCell(text, f"<code>{escape(text)}</code>")
         if self._handle is None:
-            self._handle = display(line, display_id=True)
+            self._handle = display(line, display_id=True, metadata={"ksparse": "progress"})
         else:
-            self._handle.update(line)
+            self._handle.update(line, metadata={"ksparse": "progress"})
 
 
 @dataclass(frozen=True)
@@ -335,21 +336,22 @@ class Table:
 
 
 def show(table: Any) -> None:
-    """Print an object where a person looks: on a terminal, or as HTML in a notebook.
+    """Print an object on a terminal, where a script runs.
 
-    In a log, where another program may read what is printed, nothing is.
+    At a prompt and in a notebook nothing is printed: both show the value of the last expression
+    themselves. In a log, where another program may read what is printed, nothing is either.
     """
-    where = place()
-    if where == "notebook":
-        from IPython.display import display
-
-        display(table)
-    elif where == "terminal" and is_first_process():
+    if place() == "terminal" and not _is_interactive() and is_first_process():
         print_status(repr(table))
 
 
-def to_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Return rows as a pandas DataFrame.
+def _is_interactive() -> bool:
+    """Return whether Python shows the value of an expression by itself."""
+    return hasattr(sys, "ps1") or getattr(builtins, "__IPYTHON__", False)
+
+
+def to_frame(table: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> Any:
+    """Return rows, or columns by name, as a pandas DataFrame.
 
     Raises:
         InputError: if pandas is not installed.
@@ -359,6 +361,6 @@ def to_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     except ImportError:
         raise InputError(
             "to_frame() makes a pandas DataFrame, and pandas is not installed: pip install pandas. "
-            "The numbers themselves are in the dictionary"
+            "The object itself holds the same numbers"
         ) from None
-    return pd.DataFrame(list(rows))
+    return pd.DataFrame(dict(table) if isinstance(table, Mapping) else list(table))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-_CELL = "text-align:left;padding:1px 12px 1px 0"
+_CELL = "text-align:left;padding:1px 12px 1px 0;white-space:pre-wrap"
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -71,9 +71,10 @@ def tokens(texts: Sequence[str], marks: Iterable[tuple[int, float, str]]) -> str
         colour = (
             f"background:hsl({hue} 70% 55% / {0.08 + 0.52 * strength:.2f});" if strength else ""
         )
-        end = "<br>" if text.endswith("\n") else ""
+        lines = "↵\n".join(escape(visible(line)) for line in text.split("\n"))
         spans.append(
-            f'<span style="{colour}border-radius:2px" title="{escape(note)}">'
-            f"{escape(visible(text))}</span>{end}"
+            f'<span style="{colour}border-radius:2px" title="{escape(note)}">{lines}</span>'
         )
-    return f'<div style="white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>'
+    return (
+        f'<div style="white-space:pre-wrap;line-height:1.7;margin:0 0 6px">{"".join(spans)}</div>'
+    )

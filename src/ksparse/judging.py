@@ -15,24 +15,30 @@ from ksparse.config.evaluation import COMPARED, EvalConfig
 from ksparse.errors import InputError, unknown
 from ksparse.evals import registry, runner
 from ksparse.evals.comparison import SAEComparison
-from ksparse.evals.statistics import Results
+from ksparse.evals.statistics import Result, Results
+from ksparse.lm import provenance
 from ksparse.lm.model import LM
+from ksparse.progress import report
 from ksparse.sae.model import SAE
+from ksparse.steering import load_lm
 from ksparse.storage.run_folder import RunFolder
 
 SAESource = SAE | RunFolder | Path | str
 """An SAE, a run, or what `ksparse.load` takes."""
+LMSource = LM | Path | str
+"""An LM with its site, or the name or folder of one, which is read at the SAE's site."""
 Names = str | Sequence[str]
 """Evaluations: "downstream", "downstream,stats" or a list."""
 
 
 def evaluate(
     sae: SAESource,
-    lm: LM | None = None,
+    lm: LMSource | None = None,
     names: Names = tuple(registry.DEFAULT),
     options: EvalConfig | None = None,
     *,
     force: bool = False,
+    save: bool = False,
     progress: bool = True,
     **changes: Any,
 ) -> Results:
@@ -41,14 +47,17 @@ def evaluate(
     Args:
         sae: the SAE, a run, or what `ksparse.load` takes. An SAE is moved to the LM's device and
             set to evaluation mode.
-        lm: the LM with its site; by default the one that the SAE was trained on.
+        lm: the LM with its site, or its name or folder; by default the one that the SAE was
+            trained on.
         names: the evaluations to run (`ksparse.evals.registry.EVALS`), one or several; by default
             downstream, stats, probes, n2g, explained_loss and ablation.
         options: how many tokens to read, of which split, and the options of each evaluation.
         force: evaluate at another site, or in other contexts and positions, than those the SAE
             was trained with; the notes of each result then say so.
-        progress: show progress on standard error, and at the end, on a terminal or in a notebook,
-            the table of results.
+        save: write each result into the SAE's run as soon as it is complete, as `ksparse eval`
+            does. Reports, `sae.latent` and `ksparse.steer` read them there.
+        progress: show progress on standard error, and at the end, where a script runs on a
+            terminal, the table of results. A prompt and a notebook show what is returned.
         changes: single options by name, such as `tokens=10_000` or `text="essays/"`, a file, a
             folder or a data set on the Hub.
 
@@ -59,7 +68,8 @@ def evaluate(
 
     Raises:
         InputError: if an argument is not what it should be, an evaluation or option does not
-            exist, the SAE does not fit the LM, or the split has no text.
+            exist, the SAE does not fit the LM, the split has no text, or results are to be saved
+            and the SAE is of no run.
         NonFiniteError: if an activation of the LM is NaN or infinite.
 
     Example:
@@ -72,8 +82,16 @@ def evaluate(
     options = _options(options, force, changes)
     _check_lm(lm)
     opened = _open("evaluate", sae)
+    run = _run_of(opened, lm, options.force) if save else None
+
+    def write(label: str, name: str, result: Result) -> None:
+        if run is not None:
+            runner.write_results(run, {result["name"]: result})
+
     with display.shown("evaluating", progress):
-        results = Results(runner.evaluate_many({"": opened}, lm, chosen, options)[""])
+        at_site = _load_lm(lm, opened, options)
+        found = runner.evaluate_many({"": opened}, at_site, chosen, options, on_result=write)
+        results = Results(found[""])
     if progress:
         display.show(results)
     return results
@@ -81,7 +99,7 @@ def evaluate(
 
 def compare(
     saes: Sequence[SAESource] | Mapping[str, SAESource],
-    lm: LM | None = None,
+    lm: LMSource | None = None,
     names: Names = COMPARED,
     options: EvalConfig | None = None,
     *,
@@ -129,7 +147,8 @@ def compare(
     if against and against not in opened:
         raise unknown("against names an SAE that is not compared,", against, opened)
     with display.shown("evaluating", progress):
-        results = runner.evaluate_many(opened, lm, chosen, options)
+        at_site = _load_lm(lm, next(iter(opened.values())), options)
+        results = runner.evaluate_many(opened, at_site, chosen, options)
     normalizations = {name: sae.shape.normalize for name, sae in opened.items()}
     found = SAEComparison.of(results, normalizations, against or next(iter(opened)), by)
     if progress:
@@ -178,17 +197,49 @@ def _options(options: Any, force: bool, changes: dict[str, Any]) -> EvalConfig:
 
 
 def _check_lm(lm: Any) -> None:
-    if lm is None or isinstance(lm, LM):
+    if lm is None or isinstance(lm, (LM, Path)):
         return
     words = lm if isinstance(lm, (list, tuple)) else [lm]
     if all(isinstance(word, str) and word in registry.EVALS for word in words):
         raise InputError(
             f"{lm!r} is in the place of the LM; evaluations are the third argument: names={lm!r}"
         )
+    if isinstance(lm, str) and lm:
+        return
     raise InputError(
-        f"lm is {lm!r:.80}; it must be an LM with its site, ksparse.LM(name, site=…), or left out "
-        "for the one that the SAE was trained on"
+        f"lm is {lm!r:.80}; it must be an LM with its site, ksparse.LM(name, site=…), its name or "
+        "folder, or left out for the one that the SAE was trained on"
     )
+
+
+def _load_lm(lm: LMSource | None, sae: SAE, options: EvalConfig) -> LM | None:
+    """Return an LM that is named, at an SAE's site; others as they are."""
+    if lm is None or isinstance(lm, LM):
+        return lm
+    report("loading the LM")
+    return load_lm(sae, options.device, name=str(lm))
+
+
+def _run_of(sae: SAE, lm: LMSource | None, force: bool) -> RunFolder:
+    """Return the run that an SAE was loaded from; raise InputError where it is of none, or its
+    results would not be on its own LM and site."""
+    run = None if sae.source is None else RunFolder(sae.source)
+    if run is None or not run.exists():
+        where = "was not loaded from a run" if run is None else f"is of {run.path}, which is no run"
+        raise InputError(
+            f"save=True writes results into the SAE's run, and this one {where}; leave it out, or "
+            "judge it into a folder: `ksparse eval SAE --out DIR`"
+        )
+    own = provenance.trained_on(sae.metadata)
+    here = {"lm": lm.options.lm, "site": lm.options.site} if isinstance(lm, LM) else {"lm": str(lm)}
+    other = [f"{key} {here[key]!r}" for key in here if lm and here[key] != own.get(key)]
+    if other or force:
+        raise InputError(
+            f"save=True: {run.path} is a run, which keeps only results on its own LM and site, not "
+            f"those {'with force' if force else 'on ' + ' and '.join(other)}; leave it out, or "
+            f"judge it into a folder: `ksparse eval {run.path} --out DIR`"
+        )
+    return run
 
 
 def _open(function: str, source: Any) -> SAE:

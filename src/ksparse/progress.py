@@ -25,6 +25,10 @@ Progress = Callable[[str, int, int], None]
 """Called as `progress(what, done, total)`: the work under way, and how much of it is done."""
 
 
+DIRECT_LOGITS = "direct logits"
+"""A phase that one room reports and another plans."""
+
+
 def no_progress(what: str, done: int, total: int) -> None:
     """Ignore a progress report; the default callback.
 

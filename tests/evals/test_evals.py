@@ -381,8 +381,23 @@ def test_an_evaluation_is_prepared_before_the_first_batch_and_gets_two_passes_if
     monkeypatch.setitem(registry.EVALS, "recorder", Recorder)
     result = runner.evaluate(make_sae(acts, lm.d_model), lm, ["recorder"], OPTIONS)["recorder"]
     n = calls.count("update")
-    assert n > 1 and result["n_tokens"] >= OPTIONS.tokens
+    assert n > 1 and 0 <= result["n_tokens"] - OPTIONS.tokens < acts.context
     assert calls == ["prepare"] + ["update"] * n + ["compute"] + ["update_second_pass"] * n
+
+
+@pytest.mark.parametrize("lm_batch", [1, 4, 64])
+@pytest.mark.parametrize("tokens", [1, 40, 200])
+def test_the_number_of_tokens_is_rounded_up_to_whole_contexts(small_acts, tokens, lm_batch):
+    acts = small_acts(lm_batch=lm_batch)
+    lm = LM(acts=acts)
+    of_contexts = [
+        int(batch.keep.sum())
+        for batch in HeldOut(lm, dataclasses.replace(acts, lm_batch=1), OPTIONS)
+    ]
+    read = [sum(of_contexts[: n + 1]) for n in range(len(of_contexts))]
+    options = dataclasses.replace(OPTIONS, tokens=tokens)
+    result = runner.evaluate(make_sae(acts, lm.d_model), lm, ["stats"], options)["stats"]
+    assert result["n_tokens"] == min(n for n in read if n >= tokens)
 
 
 # ---- what is refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -336,12 +337,106 @@ def test_each_row_of_the_bulk_folder_is_one_that_neuronpedias_database_takes(run
     assert (first["hookName"], first["sourceSetName"]) == ("blocks.1.hook_resid_post", "test")
 
 
+def read_rows(file):
+    return [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+
+
+@pytest.fixture
+def explained(run, tmp_path):
+    """Return a function that writes a result of `explain` of the first live latent into a copy of the run."""
+
+    def write(**changes):
+        copy = RunFolder(shutil.copytree(run.path, tmp_path / "explained"))
+        latent = LatentExamples(copy).live_latents()[0]
+        row = {"latent": latent, "explanation": "names", "detection": 0.8, "fuzzing": 0.5}
+        values = {
+            "options": {"model": "asked"},
+            "answers": {"models": {"judge": 9}},
+            "tells_apart": {"detection": True, "fuzzing": False},
+            "latents": [row],
+        }
+        copy.eval_file("explain").write_text(json.dumps(values | changes))
+        return copy
+
+    return write
+
+
+def test_scores_of_explanations_are_rows_that_neuronpedias_database_takes(explained, tmp_path):
+    neuronpedia.export_bulk(explained(), tmp_path / "out", neuronpedia.Publication(model="tiny"))
+    home = tmp_path / "out" / "tiny" / "1-ksparse"
+    [judge] = read_rows(home / "explanation_score_model.jsonl.gz")
+    files = sorted((home / "explanation_scores").glob("*.jsonl.gz"))
+    scores = [row for file in files for row in read_rows(file)]
+    explanations = [row for file in (home / "explanations").iterdir() for row in read_rows(file)]
+    known = {
+        "User": {(("id",), (neuronpedia.DEFAULT_CREATOR_ID,))},
+        "Explanation": {(("id",), (row["id"],)) for row in explanations},
+        "ExplanationScoreModel": {(("name",), (judge["name"],))},
+        # The types are theirs: names that their page of a score knows.
+        "ExplanationScoreType": {
+            (("name",), (name,)) for name in ("eleuther_recall", "eleuther_fuzz")
+        },
+    }
+    check_row("ExplanationScoreModel", judge, known)
+    for row in scores:
+        check_row("ExplanationScore", row, known)
+    # Fuzzing, by which the judge cannot tell latents apart, has no row.
+    assert [(row["explanationScoreTypeName"], row["value"]) for row in scores] == [
+        ("eleuther_recall", 0.8)
+    ]
+    assert judge["name"] == "judge"
+    [text] = [row for row in explanations if row["id"] == scores[0]["explanationId"]]
+    assert text["description"] == "names"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tells_apart": {"detection": False, "fuzzing": False}},
+        {"latents": "none"},
+        {"latents": [{"latent": 0, "explanation": ""}]},
+    ],
+)
+def test_without_scores_that_say_something_no_file_of_scores_is_written(
+    explained, tmp_path, changes
+):
+    neuronpedia.export_bulk(explained(**changes), tmp_path / "out")
+    assert list((tmp_path / "out").rglob("explanations")) != []
+    assert list((tmp_path / "out").rglob("explanation_score*")) == []
+
+
 def test_rows_belong_to_the_user_whose_id_is_given(run, tmp_path):
     publication = neuronpedia.Publication(model="tiny", creator="me", creator_id="c1")
     neuronpedia.export_bulk(run, tmp_path / "out", publication)
     [release] = (tmp_path / "out" / "tiny" / "1-ksparse" / "release.jsonl").read_text().splitlines()
     release = json.loads(release)
     assert (release["creatorId"], release["creatorName"]) == ("c1", "me")
+
+
+@pytest.mark.parametrize(
+    ("site", "hook", "has_logits"),
+    [
+        ("transformer.h.1", "blocks.1.hook_resid_post", True),
+        ("transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_fc", False),
+    ],
+)
+def test_an_sae_at_a_module_is_exported_with_logits_where_it_has_any(
+    small_recipe, tmp_path, site, hook, has_logits
+):
+    trained = ksparse.train(small_recipe({"acts.site": site}), tmp_path / "run")
+    found = ksparse.evaluate(trained, None, ["stats"], tokens=200, examples=2, device="cpu")
+    runner.write_results(trained, found)
+    names = neuronpedia.Publication(model="tiny", set="test", creator="me")
+    neuronpedia.export_bulk(trained, tmp_path / "bulk", names)
+    neuronpedia.export_dashboard(trained, tmp_path / "dashboard", names)
+    file = next((tmp_path / "bulk").rglob("features/*.gz"))
+    rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    features = json.loads((tmp_path / "dashboard" / "batch-0.json").read_text())["features"]
+    assert {row["hookName"] for row in rows} == {hook}
+    for row in [*rows, *features]:
+        for end in ("pos_str", "pos_values", "neg_str", "neg_values"):
+            assert len(row[end]) == 10 * has_logits, end
+        assert bool(row["logits_hist_data_bar_heights"]) is has_logits
 
 
 def test_what_is_missing_is_named(run, small_recipe, tmp_path):

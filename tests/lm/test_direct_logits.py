@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ksparse import progress
 from ksparse.errors import InputError
 from ksparse.lm import direct_logits
 
@@ -85,6 +86,19 @@ def test_the_blocks_behind_the_site_are_counted():
         assert direct_logits.read_head(build("llama", True, site)[0]).blocks_after == after
 
 
+def test_progress_is_told_before_the_work_and_after_each_block(monkeypatch):
+    monkeypatch.setattr(direct_logits, "_ROWS", 2)
+    monkeypatch.setattr(direct_logits, "_TOKENS", 16)
+    head = direct_logits.read_head(build("llama", True)[0])
+    d, blocks = head.unembedding.shape[1], -(-len(head.unembedding) // 16)
+    told = []
+    with progress.observed(lambda what, done, total: told.append((what, done, total))):
+        head.ends(head.unembedding[:5])
+    assert {(what, total) for what, _, total in told} == {("direct logits", (5 + d) * blocks)}
+    steps = [b[1] - a[1] for a, b in zip(told, told[1:])]
+    assert told[0][1] == 0 and steps == [d] * blocks + [2, 2, 1] * blocks
+
+
 def test_a_row_of_zeros_has_logits_of_zero():
     ends = direct_logits.read_head(build("llama", True)[0]).ends(torch.zeros(1, D), 2)
     assert ends.up_value.tolist() == [[0, 0]] and ends.histogram[0, 16] == V
@@ -95,9 +109,29 @@ def test_a_vocabulary_smaller_than_the_list_is_listed_once():
     assert sorted(ends.up_token[0].tolist()) == list(range(V))
 
 
+@pytest.mark.parametrize(
+    ("module", "alias"),
+    [
+        ("model.layers.0", "resid_post.0"),
+        ("layers.1:in", "resid_pre.1"),
+        ("model.layers.0.mlp", "mlp_out.0"),
+        ("model.layers.1.self_attn", "attn_out.1"),
+    ],
+)
+def test_a_module_in_the_residual_stream_has_the_head_of_its_alias(module, alias):
+    named, expected = (direct_logits.read_head(build("llama", True, s)[0]) for s in (module, alias))
+    assert named.site == expected.site == alias
+    assert named.describe() == expected.describe()
+
+
+def test_a_module_whose_output_is_normalised_before_it_is_added_is_another_place():
+    with pytest.raises(InputError, match=r"'model\.layers\.0\.mlp' is another place"):
+        direct_logits.read_head(build("gemma2", True, "model.layers.0.mlp")[0])
+
+
 def test_a_site_outside_the_residual_stream_is_refused():
     lm, _ = build("llama", True, "model.layers.0.self_attn.q_proj")
-    with pytest.raises(InputError, match="need a site in the residual stream.*is a module's"):
+    with pytest.raises(InputError, match="need a site in the residual stream.*is another place"):
         direct_logits.read_head(lm)
 
 

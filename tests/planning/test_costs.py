@@ -252,6 +252,27 @@ def test_weights_moments_and_average_are_as_large_as_an_optimisers():
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{"sae__freeze": "decoder"}, {"sae__freeze": "encoder"}, {"sae__decoder_cosine_min": 0.8}],
+    ids=str,
+)
+def test_frozen_weights_need_no_moments_and_held_ones_their_start(changes):
+    asked = recipe(**changes)
+    optimizer = ExplicitStep(SAE(Shape(16, 64, 4, asked.acts.normalize)), asked)
+    nothing = torch.tensor([], dtype=torch.long)
+    optimizer.backward(torch.randn(64, 16), baseline=1.0, dead=nothing, k_aux=8)
+    optimizer.step(1)
+    held: dict[str, int] = {}
+    for name, tensor in optimizer.tensors().items():
+        key = name.partition(".")[0]
+        held[key] = held.get(key, 0) + (tensor.numel() * 4 if key != "step" else 0)
+    counted = costs.memory(case(**changes), MeshConfig())
+    assert counted["moments"] == held["exp_avg"] + held["exp_avg_sq"]
+    assert counted["average"] == held["average"]
+    assert counted.get("start values", 0) == held.get("start", 0)
+
+
+@pytest.mark.parametrize(
     "step, n, batch, dead, measured",
     [
         ("native", 24_576, 4096, 0.0, 1.27),

@@ -52,6 +52,13 @@ def test_ablations_at_random_positions_are_counted_apart_from_those_of_single_la
     assert at_random.work / options.ablation_positions > 3 * at_strongest.work / 256
 
 
+def test_direct_logits_take_work_for_each_latent_and_token_of_the_vocabulary():
+    large = evaluation.parts(["stats"], case(LARGE))["stats: direct logits"]
+    by_hand = 2 * 64 * 262_144 * (256 + 64) + evaluation.LOGIT * 256 * 262_144
+    assert large.work == by_hand and large.seconds == 0
+    assert evaluation.seconds("stats", case(LARGE), 1e9) > by_hand / 1e9
+
+
 def test_what_each_sae_needs_is_reported_in_a_round_of_its_own():
     for part, expected in evaluation.parts(list(registry.DEFAULT), case(saes=3)).items():
         shared = ("pass", "reading Python", "labelling", "counting")

@@ -191,6 +191,18 @@ def test_tasks_are_sorted_by_their_gain_and_those_without_one_are_last(make_run)
     )
 
 
+def test_a_gain_is_clear_from_two_standard_errors_on(make_run) -> None:
+    run = make_run()
+    losses = {"a": estimate(0.48, 0.009), "b": estimate(0.48, 0.011), "c": estimate(0.6)}
+    of_each = {name: tasks(1)["task_00"] | {"loss": loss} for name, loss in losses.items()}
+    run.eval_file("probes").write_text(json.dumps(PROBES | {"tasks": of_each}))
+    assert {task.name: task.is_clear for task in findings.tasks(RunSource(run))} == {
+        "a": True,
+        "b": False,
+        "c": False,
+    }
+
+
 def test_without_probes_there_are_no_tasks(make_run) -> None:
     assert findings.tasks(RunSource(make_run("a", evals=("stats",)))) == []
     run = make_run("b")

@@ -56,6 +56,30 @@ def test_the_half_line_of_a_killed_process_is_passed_over(run):
     assert run.metrics() == [{"step": 1, "nmse": 0.5}]
 
 
+@pytest.mark.parametrize(
+    "text, last",
+    [
+        ("", {}),
+        ('{"step": 1}\n{"step": 2}\n', {"step": 2}),
+        ('{"step": 1}\n{"step": 2, "to', {"step": 1}),
+        ('{"step": 1}\n[2]\nNaN\n', {"step": 1}),
+        ('{"step": 1, "more": "' + "x" * 200_000 + '"}\n{"step": 2}\n', {"step": 2}),
+        ('{"step": 1, "more": "' + "x" * 200_000 + '"}\n', {}),
+    ],
+)
+def test_the_last_whole_line_is_read_from_the_end_of_a_file(tmp_path, text, last):
+    (tmp_path / "m.jsonl").write_text(text)
+    assert jsonio.read_last_line(tmp_path / "m.jsonl") == last
+
+
+def test_what_a_run_says_of_itself_does_not_read_its_metrics(run, monkeypatch):
+    run.recipe_file.write_text(to_toml(Recipe()))
+    for step in range(2000):
+        run.append_metrics({"step": step, "tokens": 10 * step, "loss": 0.5})
+    monkeypatch.setattr(jsonio, "read_lines", lambda *args, **keys: pytest.fail("all were read"))
+    assert run.describe()["tokens"] == 19_990
+
+
 def test_metrics_never_hold_nan(run):
     with pytest.raises(ValueError):
         run.append_metrics({"step": 1, "nmse": float("nan")})

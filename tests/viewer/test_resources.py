@@ -20,7 +20,6 @@ from ksparse.storage.run_folder import RunFolder
 from ksparse.viewer import static_site
 from ksparse.viewer.columns import COLUMNS
 from ksparse.viewer.resources import Resources
-from ksparse.viewer.weights import Decoder
 
 from .conftest import N
 
@@ -96,7 +95,7 @@ def test_columns_are_the_files_numbers(resources, files):
     )
     assert {column["key"] for column in resources.get("overview")["columns"]} == {
         column.key for column in COLUMNS
-    } - {"detection"} | {"pca_1", "pca_2"}
+    } - {"detection"}
 
 
 def test_a_latents_examples_are_the_files_tokens_and_values(resources, files, trained):
@@ -167,15 +166,6 @@ def test_nearest_latents_are_those_of_the_largest_cosine(resources, trained):
             other != latent and cosine == pytest.approx(cosines[latent, other], abs=1e-4)
             for other, cosine, _ in found
         )
-
-
-def test_the_plane_is_the_first_two_principal_components(trained):
-    decoder = Decoder(trained)
-    rows = decoder.rows - decoder.rows.mean(0)
-    _, sizes, axes = np.linalg.svd(rows.astype(float), full_matrices=False)
-    expected = rows @ axes[:2].T
-    assert np.allclose(np.abs(decoder.plane), np.abs(expected), atol=1e-3 * sizes[0])
-    assert np.array_equal(Decoder(trained).plane, decoder.plane)
 
 
 def test_the_index_of_tokens_lists_the_latents_that_fire_on_them_most(resources, files):

@@ -56,7 +56,7 @@ def test_the_marker_lists_what_was_written_and_the_page_names_all_that_it_loads(
     assert (
         len(loaded) == len(static_site.ASSETS) - 1
         and {*loaded} < {*files}
-        and files["report.html"] == bare.report_file.read_bytes()
+        and files["report.html"] == static_site.report_page(bare)
     )
 
 

@@ -2,7 +2,8 @@
 
     train          demo, train, resume
     sweeps         sweep, fit
-    evaluate       eval, compare, study, probes
+    evaluate       eval, compare, probes
+    studies        study, sanity
     explain        explain
     report         report, view
     interventions  steer, attribute
@@ -37,6 +38,7 @@ from ksparse.cli import (
     published,
     report,
     shell,
+    studies,
     sweeps,
     train,
 )
@@ -54,7 +56,7 @@ EXIT_CODES = (
 GROUPS = {
     "train": (train,),
     "scale": (sweeps,),
-    "judge": (evaluate, explain),
+    "judge": (evaluate, studies, explain),
     "look": (report,),
     "change": (interventions,),
     "exchange": (convert, published),

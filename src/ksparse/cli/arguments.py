@@ -33,6 +33,7 @@ LOAD_LM = (
     "compare",
     "explain",
     "study",
+    "sanity",
     "steer",
     "attribute",
     "convert",

@@ -1,4 +1,4 @@
-"""Verbs that evaluate: eval, compare, study, probes."""
+"""Verbs that evaluate: eval, compare, probes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,13 @@ from ksparse.cli.subjects import (
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import (
     COMPARED,
-    EVALUATIONS,
-    STUDIES,
     EvalConfig,
-    StudyConfig,
     check_evaluations,
 )
-from ksparse.errors import InputError, Interrupted, unknown
+from ksparse.errors import InputError, Interrupted
 from ksparse.progress import report
 from ksparse.storage import jsonio
-from ksparse.storage.run_folder import RunFolder, Subject, open_run
+from ksparse.storage.run_folder import RunFolder, Subject
 
 if TYPE_CHECKING:  # `ksparse --help` needs no torch
     from ksparse.sae.model import SAE
@@ -427,48 +424,6 @@ def _shared_acts(saes: dict[str, SAE], args: CompareArgs) -> ActsConfig:
             f"{', '.join(f'--{key}' for key in missing)}"
         )
     return ActsConfig(**known)
-
-
-@verb
-def study(arguments: list[str]) -> None:
-    """study NAME [RECIPE.toml] [--run RUN] [--key value …]
-
-    Answer a question with several SAEs (paper, baselines, …), or with an evaluation of one run.
-    """
-    name, flags = split_folder("study", arguments, "the name of a study, such as paper")
-    if flags and not flags[0].startswith("-"):
-        flags = ["--recipe", *flags]
-    options = parse(StudyConfig, "study NAME [RECIPE.toml]", flags)
-    if name and name not in (known := (*STUDIES, *EVALUATIONS)):
-        raise unknown("there is no study", name, known)
-    from ksparse import studies
-
-    if name in STUDIES:
-        with ProgressBar(f"study {name}"):
-            folder = studies.run(name, options)
-        print_study(folder)
-        return
-    if not options.run:
-        raise InputError(f"study {name!r} is an evaluation of one SAE: name it with --run RUN")
-    run = open_run(options.run)
-    results = evaluate_saes(
-        [options.run],
-        [name],
-        EvalConfig(tokens=options.eval_tokens, text=options.text, device=options.device),
-    )
-    print_result(results[options.run][name], run.eval_file(name))
-    write_report(run)
-    print(f"report   {run.report_file.resolve().as_uri()}")
-
-
-def print_study(folder: Path) -> None:
-    """Write the report of a study, and print its findings."""
-    from ksparse.report import studies as pages
-
-    page = pages.write(folder)
-    for finding in pages.read(folder)["findings"]:
-        print(f"- {finding}")
-    print(f"study    {folder / 'study.json'}\nreport   {page.resolve().as_uri()}")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ksparse study paper --run runs/mine",
         "ksparse study baselines --tokens 200000 --seeds 2",
     ),
+    "sanity": (
+        "ksparse sanity runs/mine",
+        "ksparse sanity runs/mine --controls seeds frozen_decoder",
+    ),
     "probes": ("ksparse probes build suites/paper --only cola",),
     "report": ("ksparse report runs/mine",),
     "view": (

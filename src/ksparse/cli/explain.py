@@ -38,32 +38,38 @@ def explain(arguments: list[str]) -> None:
     from ksparse import interop
     from ksparse.device import resolve_device
     from ksparse.evals.runner import write_results
+    from ksparse.explain import texts
     from ksparse.explain.answers import Answers
     from ksparse.explain.examples import collect
     from ksparse.explain.explain import NAME, SCORES, Explainer
     from ksparse.explain.server import ChatServer, ServerError
     from ksparse.lm.model import LM
 
-    key = os.environ.get(options.key_variable, "").strip()
+    secret = os.environ.get(options.key_variable, "").strip()
     server = ChatServer(
         options.url or "http://127.0.0.1",
         options.model,
-        key if options.url else "",
+        secret if options.url else "",
         key_variable=options.key_variable,
         per_minute=options.per_minute,
         tries=options.tries,
         timeout=options.timeout,
     )
     with ProgressBar("texts") as bar, progress.observed(bar):
-        sae = interop.load(run.path)
-        lm = LM(acts=run.subject().acts, device=str(resolve_device(options.device)))
-        specimens = collect(sae, lm, options)
+        sae, acts = interop.load(run.path), run.subject().acts
+        key = texts.key_of(sae, acts, options)
+        specimens = texts.read(run, key)
+        if specimens is None:
+            lm = LM(acts=acts, device=str(resolve_device(options.device)))
+            specimens = collect(sae, lm, options)
+            texts.write(run, key, specimens)
     explainer = Explainer(specimens, options, server, Answers(run))
     needed = explainer.estimate()
     print(
-        f"{len(specimens.of)} latents: {needed.requests:,} requests, about "
-        f"{needed.prompt_tokens:,} tokens sent and at most {needed.answer_tokens:,} tokens back; "
-        f"{len(explainer.answers):,} answers are there already",
+        f"{len(specimens.of)} latents: at most {needed.requests:,} requests, about "
+        f"{needed.prompt_tokens:,} tokens sent and at most {needed.answer_tokens:,} tokens back, "
+        f"about {needed.longest:,} in the longest; {len(explainer.answers):,} answers are there "
+        "already",
         flush=True,
     )
     if not options.url:
@@ -87,6 +93,14 @@ def explain(arguments: list[str]) -> None:
             f"{format_estimate(result['shuffled_' + score])}   N2G "
             f"{format_estimate(result['n2g_' + score])}"
         )
+    answers = result["answers"]
+    print(
+        f"{'answers':<10} {answers['requests']:,} requests, {explainer.asked:,} of them now; the "
+        f"server counted {answers['prompt_tokens']:,} tokens sent and "
+        f"{answers['answer_tokens']:,} back"
+        + f", and none for {answers['uncounted']:,}"
+        * bool(answers["uncounted"])
+    )
     for note in result["notes"]:
         print(f"note       {note}")
     write_report(run)

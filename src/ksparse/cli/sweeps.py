@@ -160,7 +160,9 @@ def _fit_sweep_folder(folder: str, options: FitArgs, at: dict[str, Any]) -> None
             "--law and --out are for a CSV file; of a sweep every law is fitted, into its own "
             "law.json"
         )
-    survey = fit_sweep(folder, form=options.form, draws=options.draws)
+    from ksparse.scaling import calls
+
+    survey = calls.fit(folder, form=options.form, draws=options.draws)
     for law in survey.laws.values():
         _print_law(law)
     for sentence in [*survey.notes, *survey.absent.values()]:
@@ -189,26 +191,6 @@ def _fit_csv(points: str, options: FitArgs, at: dict[str, Any]) -> None:
     if at:
         print(law.predict(**at).summary(law.kind.target, at))
     print(f"law      {file}")
-
-
-def fit_sweep(folder: str, **options: Any) -> Any:
-    """Fit all laws of a sweep, and write its law.json.
-
-    Args:
-        folder: the folder of the sweep.
-        options: of `survey`, such as `form` and `draws`.
-    """
-    from ksparse.scaling.laws import survey
-
-    with ProgressBar("laws") as bar:
-
-        def observe(done: int, total: int, title: str) -> None:
-            bar.note(title)
-            report("laws", done, total)
-
-        laws = survey.fit_sweep(folder, **options, observe=observe)
-    jsonio.write_json(Path(folder) / "law.json", laws.to_dict(), sealed=True)
-    return laws
 
 
 def _print_law(law: Any) -> None:

@@ -22,6 +22,7 @@ from ksparse.config.activations import (
 from ksparse.config.keywords import recipe_of
 from ksparse.config.options import LARGEST, Config, check_fields, flat, preview
 from ksparse.config.schema import (
+    CONTROLS,
     ActsConfig,
     CurveConfig,
     MeshConfig,
@@ -46,6 +47,7 @@ from ksparse.config.serialize import (
 
 __all__ = [
     "ACTIVATION_CONFIGS",
+    "CONTROLS",
     "LARGEST",
     "LARGEST_TOML",
     "MOST_DOTS",

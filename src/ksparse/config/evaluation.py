@@ -23,10 +23,24 @@ COMPARED = ("downstream", "stats")
 EVALUATIONS = (
     *DEFAULT_EVALUATIONS,
     *("positions", "refinement", "progressive", "latents", "subspaces"),
+    *("token_driven", "norms", "decoder_projection", "absorption"),
 )
 """All evaluations. `ksparse.evals.registry` has their classes."""
-STUDIES = ("baselines", "sites", "gaussian", "paper", "recipe")
+STUDIES = ("baselines", "sites", "gaussian", "paper", "recipe", "sanity")
 """All studies. `ksparse.studies` has their functions."""
+SANITY_CONTROLS = {
+    "seeds": True,
+    "frozen_decoder": True,
+    "held_decoder": True,
+    "frozen_encoder": True,
+    "redrawn": True,
+    "redrawn_keep_embedding": False,
+    "shuffled": False,
+    "sweep_k": True,
+    "sweep_n": False,
+}
+"""The controls of the study sanity, and whether they are trained where none is named.
+`ksparse.studies.sanity.controls` says what they are."""
 _EVERY = "every evaluation"
 
 
@@ -72,8 +86,9 @@ class EvalConfig(Config):
     budget: Literal["small", "paper"] = _option("small", _EVERY)
     """Sample sizes. small: minutes on two cores. paper: tight standard errors, for a GPU."""
     tokens: int = _sample_size(_EVERY, small=100_000, paper=10_000_000)
-    """Activations of held-out text to evaluate on, fewer if the text is shorter; 0: those of the
-    budget (small: 100,000; paper: 10 million)."""
+    """Activations of held-out text to evaluate on, rounded up to whole contexts, fewer if the text
+    is shorter; 0: those of the budget (small: 100,000; paper: 10 million). How many were read is
+    `n_tokens` of each result."""
     per_document: int = _option(512, _EVERY)
     """Tokens to use per document, so that a small sample still comes from many documents."""
     split: Literal["held-out", "validation", "train"] = _option("held-out", _EVERY)
@@ -116,11 +131,16 @@ class EvalConfig(Config):
     """probes: largest number of tokens per text; the end of a longer text is used. The LM's own
     limit applies too."""
 
-    latents: int = _sample_size("n2g", small=400, paper=400)
-    """n2g: number of live latents, drawn at random, whose explanations are scored; 0: 400."""
+    latents: int = _sample_size("n2g", "token_driven", small=400, paper=400)
+    """n2g, token_driven: number of live latents, drawn at random, whose explanations are scored, or
+    whose tokens are put into other contexts; 0: 400."""
     n2g_examples: int = _sample_size("n2g", "explained_loss", small=16, paper=16)
-    """n2g, explained_loss: activations per latent from which its explanation is built, and as many
-    to score it; 0: 16."""
+    """n2g: activations per latent from which its explanation is built, and as many to score it; 0:
+    16."""
+    explained_examples: int = _sample_size("explained_loss", small=4, paper=16)
+    """explained_loss: activations per latent from which its explanation is built, at most
+    `n2g_examples`; 0: those of the budget (small: 4; paper: 16). All latents are explained, so this
+    decides how long it takes."""
     n2g_variant: Literal["ksparse", "official"] = _option("ksparse", "n2g", "explained_loss")
     """n2g, explained_loss: our implementation, or the published code with its faults, for
     comparison."""
@@ -243,6 +263,10 @@ class StudyConfig(Config):
     """paper: folder of probe tasks; by default the built-in tasks on Python tokens."""
     probe_rows: int = 200
     """paper: largest number of rows of a probe task."""
+    controls: tuple[str, ...] = ()
+    """sanity: controls to train, by name: seeds, frozen_decoder, held_decoder, frozen_encoder,
+    redrawn, redrawn_keep_embedding, shuffled, sweep_k, sweep_n, or all. None named: those that take
+    minutes with the built-in LM."""
     threads: int = 0
     """CPU threads; 0: all cores."""
     device: str = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,37 @@ def _set(table: dict[str, Any], name: str, value: Any) -> None:
                 item = {**item}
             table[name][key] = item
         return
-    keys = _places().get(name) or ([name] if name in flat(table) else [])
+    section, _, last = key_of(name, value, flat(table)).rpartition(".")
+    if name == "activation" and isinstance(value, str):
+        value = {"kind": value}
+    (table[section] if section else table)[last] = value
+
+
+def key_of(name: str, value: Any = "…", others: Collection[str] = ()) -> str:
+    """Return the key of a recipe, with its section, that a keyword stands for.
+
+    Args:
+        name: the last part of a key, or a whole key.
+        value: the keyword's value, for messages.
+        others: keys that there are beside those of the default recipe.
+
+    Raises:
+        InputError: no key of a recipe is called so, or keys of two sections are.
+
+    Example:
+        >>> from ksparse.config.keywords import key_of
+        >>> key_of("n_latents"), key_of("sae.k")
+        ('sae.n_latents', 'sae.k')
+    """
+    places = _places()
+    whole = {key for keys in places.values() for key in keys}.union(others)
+    keys = places.get(name) or ([name] if name in whole else [])
     if not keys:
-        raise unknown("a recipe has no key", name, [*_places(), *table])
+        raise unknown("a recipe has no key", name, [*places, *others])
     if len(keys) > 1:
         sections = [key.partition(".")[0] for key in keys]
         raise InputError(
             f"{name!r} is a key of {' and '.join(sections)}; say which: "
             f"{sections[0]}={{{name!r}: {value!r:.80}}}"
         )
-    section, _, last = keys[0].rpartition(".")
-    if name == "activation" and isinstance(value, str):
-        value = {"kind": value}
-    (table[section] if section else table)[last] = value
+    return keys[0]

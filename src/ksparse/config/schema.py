@@ -31,6 +31,12 @@ from ksparse.config.options import Config, UnknownKeyError, flat, plain, preview
 from ksparse.errors import InputError, nearest_name
 from ksparse.storage.rows import has_lone_surrogate
 
+CONTROLS = {
+    "acts": ("lm_weights", "shuffle_tokens"),
+    "sae": ("freeze", "decoder_cosine_min"),
+}
+"""Keys of controls, with which an SAE learns less than it could, to be compared with."""
+
 
 @dataclass(frozen=True)
 class ActsConfig(Config):
@@ -98,6 +104,13 @@ class ActsConfig(Config):
     lm_quantize: Literal["none", "8bit", "4bit"] = "none"
     """Quantize the LM's weights as they are loaded (with the extra large, by bitsandbytes). Its
     activations are then not those of the LM as it is stored."""
+    lm_weights: Literal["trained", "redrawn_keep_embedding", "redrawn"] = "trained"
+    """A control (Heap et al. 2025): weights of the LM drawn anew. redrawn: every tensor from a
+    Gaussian of its own mean and variance. redrawn_keep_embedding: all but the embeddings. The draw
+    is the same each time."""
+    shuffle_tokens: bool = False
+    """A control: put the text tokens of each context in another order, so that a context keeps its
+    words and loses what they say together."""
     store: Literal["float32", "bfloat16"] = "float32"
     """Data type of the shuffle buffer. bfloat16 halves its memory; for an LM that runs in bfloat16
     nothing is lost."""
@@ -108,6 +121,11 @@ class ActsConfig(Config):
         super().__post_init__()
         self.check_range("mix", at_least=1)
         self.check_range("lm_batch", at_least=0)
+        if self.lm_weights != "trained" and self.lm_quantize != "none":
+            raise InputError(
+                f"acts.lm_weights is {self.lm_weights!r} and acts.lm_quantize is "
+                f"{self.lm_quantize!r}; quantized weights cannot be drawn anew: give one of them"
+            )
         if self.context < 3:
             raise InputError(
                 f"acts.context is {self.context}; a context needs at least 3 tokens to predict "
@@ -139,6 +157,15 @@ class SAEConfig(Config):
     the k used by analyses that need one."""
     activation: ActivationConfig = field(default_factory=TopKConfig)
     """Activation function, with options of its own."""
+    start: str = ""
+    """SAE to begin from: a run, a folder or file of any format that `ksparse.load` reads, or a name
+    on the Hub. Its weights are the start values; `n_latents` may be larger, k another one; moments,
+    averages and dead counters begin anew."""
+    k_start: int = 0
+    """Active latents per token at the first step, from which the number goes to `k` in equal ratios
+    over `k_anneal`; 0: `k` from the start."""
+    k_anneal: float = 0.5
+    """Share of the steps, from the first, over which `k_start` becomes `k`."""
     auxk_coef: float = 1 / 32
     """Weight of the AuxK loss, which revives dead latents of topk, batch_topk and jump_relu; 0
     turns it off. The other kinds resample dead latents instead."""
@@ -178,24 +205,62 @@ class SAEConfig(Config):
     """Initial value of b_pre, the bias subtracted from the input, from a sample of activations."""
     unit_norm: bool = True
     """Keep decoder rows at norm 1, and remove the gradient component parallel to them."""
+    freeze: Literal["none", "decoder", "encoder"] = "none"
+    """A control (arXiv 2602.14111): weights that stay at their start values. decoder: the rows of
+    W_dec. encoder: W_enc and b_enc."""
+    decoder_cosine_min: float = 0.0
+    """A control (arXiv 2602.14111: 0.8): smallest cosine of each decoder row with its start value,
+    to which a row that has gone further is brought back after every step; 0: no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range("n_latents", "k", at_least=1)
         self.check_range("auxk_coef", "k_aux", "dead_after", "multi_topk", at_least=0)
         self.check_range("auxk_share", above=0, at_most=1)
+        self.check_range("decoder_cosine_min", at_least=0, below=1)
+        if self.freeze == "decoder" and self.decoder_cosine_min:
+            raise InputError(
+                f"sae.freeze is 'decoder' and sae.decoder_cosine_min is {self.decoder_cosine_min}; "
+                "a frozen decoder stays at cosine 1: give one of them"
+            )
         if self.k > self.n_latents:
             raise InputError(
                 f"sae.k is {self.k}, more than the {self.n_latents} latents of sae.n_latents; "
                 "give a smaller k"
             )
-        if self.multi_topk and 4 * self.k > self.n_latents:
+        widest = max(self.k, self.k_start)
+        if self.multi_topk and 4 * widest > self.n_latents:
+            key = "k" if widest == self.k else "k_start"
             raise InputError(
-                f"Multi-TopK needs 4 x sae.k = {4 * self.k} latents, sae.n_latents is "
+                f"Multi-TopK needs 4 x sae.{key} = {4 * widest} latents, sae.n_latents is "
                 f"{self.n_latents}"
             )
+        if self.k_start and not 0 < self.k_start <= self.n_latents:
+            raise InputError(
+                f"sae.k_start is {self.k_start}; it must be from 1 to the {self.n_latents} latents "
+                "of sae.n_latents, or 0 for sae.k from the start"
+            )
+        self.check_range("k_anneal", above=0, at_most=1)
         self.activation.check(self)
         _check_prefixes(self)
+
+    def k_at(self, step: int, steps: int) -> int:
+        """Return the active latents per token of step `step` (from 1) of `steps`.
+
+        Between `k_start` and `k` it stays for a twentieth of the way at a time.
+
+        Example:
+            >>> options = SAEConfig(n_latents=512, k=8, k_start=128, k_anneal=0.5)
+            >>> [options.k_at(step, 100) for step in (1, 25, 50, 51, 100)]
+            [128, 32, 8, 8, 8]
+        """
+        if not self.k_start:
+            return self.k
+        stages = 20
+        done = step / max(1.0, self.k_anneal * steps)
+        share = min(1.0, math.floor(done * stages) / stages)
+        k: float = self.k_start * (self.k / self.k_start) ** share
+        return round(k)
 
     @property
     def bound(self) -> str:
@@ -207,6 +272,12 @@ class SAEConfig(Config):
         """The prefixes that a Matryoshka SAE is judged by: the fixed ones, or n / 16 to n / 2."""
         drawn = {self.n_latents // share for share in (16, 8, 4, 2)} - {0}
         return self.prefixes or (tuple(sorted(drawn)) if self.prefix_draws else ())
+
+    @property
+    def limits_weights(self) -> bool:
+        """Whether some weights are frozen or held near their start values, which the compiled steps
+        cannot do."""
+        return self.freeze != "none" or self.decoder_cosine_min > 0
 
     @property
     def uses_auxk(self) -> bool:
@@ -542,10 +613,11 @@ class Recipe(Config):
         # The old name of the key: checkpoints and the names of sweep folders were made with it.
         table["optim"]["screen"] = table["optim"].pop("approx_topk")
         # Later keys are left out at their defaults, so that older runs keep their names.
-        for key in ("prefixes", "prefix_draws", "prefix_loss"):
+        later = ("prefixes", "prefix_draws", "prefix_loss", "start", "k_start", "k_anneal")
+        for key in (*later, *CONTROLS["sae"]):
             if getattr(self.sae, key) == getattr(SAEConfig, key):
                 del table["sae"][key]
-        for key in ("lm_device_map", "lm_quantize"):
+        for key in ("lm_device_map", "lm_quantize", *CONTROLS["acts"]):
             if getattr(self.acts, key) == getattr(ActsConfig, key):
                 del table["acts"][key]
         if self.acts.lm_dtype == "auto":  # what it was before there was a choice by device

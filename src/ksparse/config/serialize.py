@@ -105,7 +105,7 @@ def _toml_lines(table: dict[str, Any], name: str = "") -> list[str]:
     lines = [
         *(["", f"[{name}]"] if name else []),
         *(
-            f"{key} = {_toml_value(value)}"
+            f"{key} = {to_toml_value(value)}"
             for key, value in table.items()
             if not isinstance(value, dict)
         ),
@@ -116,13 +116,19 @@ def _toml_lines(table: dict[str, Any], name: str = "") -> list[str]:
     return lines
 
 
-def _toml_value(value: Any) -> str:
+def to_toml_value(value: Any) -> str:
+    """Return a value of a recipe as TOML.
+
+    Example:
+        >>> to_toml_value([True, "a"])
+        '[true, "a"]'
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):  # TOML has the escapes of JSON, and escapes DEL too
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(to_toml_value, value))}]"
     return repr(value)
 
 

@@ -5,6 +5,7 @@
   end.
 - bos = 'auto': position 0 is the tokenizer's BOS, if it has one. A document that brings its own BOS
   or separator gets no second one.
+- shuffle_tokens: the text tokens of each context are put in another order.
 - keep = 'text': activations are not used at position 0, whether or not it is BOS (in a model
   without BOS the first token takes its role), at BOS, EOS and separators, and at padding.
 """
@@ -15,10 +16,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ksparse.config import ActsConfig
 from ksparse.data.documents import documents
+from ksparse.data.permutation import permutation
 from ksparse.errors import InputError
 from ksparse.lm.tokens import TokenBatch, without_bos
 from ksparse.pylm.text import SPLITS
@@ -104,6 +107,7 @@ class Corpus:
             "keep": self.acts.keep,
             "split": self.split,
             "tokens_per_document": self.per_document,
+            **({"shuffle_tokens": True} if self.acts.shuffle_tokens else {}),
         }
 
     def contexts(self, start: TextCursor = TextCursor()) -> Iterator[Context]:
@@ -117,7 +121,7 @@ class Corpus:
             is_empty = True
             for context in cut(start):
                 is_empty = False
-                yield context
+                yield self._shuffled(context) if self.acts.shuffle_tokens else context
             if is_empty and start == TextCursor(epoch=start.epoch):
                 raise InputError(self._describe_empty())
             start = TextCursor(epoch=start.epoch + 1)
@@ -134,6 +138,25 @@ class Corpus:
             for special in self.special:
                 keep &= tokens != special
         return TokenBatch(tokens, attention, keep, owners)
+
+    def _shuffled(self, context: Context) -> Context:
+        """Return a context with its text tokens in another order, a function of where it begins.
+
+        Each token takes its document along. BOS, separators and padding stay where they are.
+        """
+        places = [
+            at
+            for at, (token, owner) in enumerate(zip(context.tokens, context.documents))
+            if owner >= 0 and token not in self.special
+        ]
+        order = permutation(np.arange(len(places)), len(places), context.start[1:])
+        tokens, owners = list(context.tokens), list(context.documents)
+        for at, source in zip(places, order.tolist()):
+            tokens[at], owners[at] = (
+                context.tokens[places[source]],
+                context.documents[places[source]],
+            )
+        return context._replace(tokens=tokens, documents=owners)
 
     def _tokenize(self, start: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (index, ids) of documents from number `start` on, without BOS or separator."""

@@ -192,7 +192,8 @@ def _suffix(file: Path) -> str | None:
 
 
 def _read_hub(acts: ActsConfig, nulls: _Report) -> Iterator[tuple[str, str]]:
-    datasets = rows.import_extra("datasets", "datasets", f"the data set {acts.text!r}")
+    absence = hub.absence(acts.text)
+    datasets = rows.import_extra("datasets", "datasets", f"the data set {acts.text!r}{absence}")
     try:
         dataset = datasets.load_dataset(
             acts.text, acts.text_config or None, split=acts.text_split, streaming=True
@@ -200,7 +201,7 @@ def _read_hub(acts: ActsConfig, nulls: _Report) -> Iterator[tuple[str, str]]:
     except Exception as error:  # of any kind: the user has named something that cannot be read
         raise InputError(
             f"text {acts.text!r} is neither a file here nor a data set that can be "
-            f"read ({_summary(error)})"
+            f"read ({_summary(error)}){absence}"
         ) from error
     texts = _read_rows(dataset, acts)
     yield from _skip_nulls(texts, f"text {acts.text!r}", acts.text, acts.text_field, nulls)

@@ -24,6 +24,7 @@ from ksparse.config.evaluation import EvalConfig
 from ksparse.data.contexts import Context, Corpus
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.evals.losses import Compared, compare, cross_entropy
+from ksparse.evals.statistics import count_of
 from ksparse.limits import LOGITS_BYTES
 from ksparse.lm.head import LogitRows, Logits
 from ksparse.lm.model import LM, CachedRun
@@ -318,7 +319,10 @@ class HeldOutPass:
         self.documents: set[int] = set()
 
     def __iter__(self) -> Iterator[HeldOutBatch]:
-        """Yield batches until `options.tokens` activations are read, or the text ends."""
+        """Yield batches until `options.tokens` activations are read, or the text ends.
+
+        Contexts are whole: the last batch has as many of them as are needed, at least one.
+        """
         data = self.data
         group: list[Context] = []
         for context in data.corpus.contexts():
@@ -335,6 +339,11 @@ class HeldOutPass:
 
     def _batch(self, group: list[Context]) -> HeldOutBatch:
         contexts = self.data.corpus.batch(group)
+        read = self.tokens + contexts.keep.sum(1).cumsum(0)
+        needed = int((read < self.data.options.tokens).sum()) + 1
+        if needed < len(group):
+            group = group[:needed]
+            contexts = self.data.corpus.batch(group)
         self.tokens += int(contexts.keep.sum())
         self.contexts += len(group)
         self.documents |= set(contexts.documents[contexts.keep].tolist())
@@ -345,7 +354,8 @@ class HeldOutPass:
         corpus, documents = self.data.corpus, len(self.documents)
         notes = []
         if documents < 10:
-            notes.append(f"only {documents} documents: the standard errors are rough")
+            few = count_of(documents, "documents")
+            notes.append(f"only {few}: the standard errors are rough")
         if corpus.cut_documents:
             notes.append(
                 f"{corpus.cut_documents:,} of {max(documents, corpus.cut_documents):,} "

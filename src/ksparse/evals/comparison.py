@@ -32,7 +32,7 @@ COLUMNS: dict[str, dict[str, int]] = {
 }
 """{evaluation: {column: order}}: 1 if less is better, -1 if more is, 0 for what is not ranked but
 says what the others cost. Of other evaluations all numbers are columns, none of them ranked."""
-_COMMON_FIELDS = ("lm", "site", "text", "policy", "n_tokens", "n_documents")
+_COMMON_FIELDS = ("lm", "lm_weights", "site", "text", "policy", "n_tokens", "n_documents")
 _IGNORED_OPTIONS = ("device", "budget")  # the sizes that a budget stands for are compared
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -264,11 +264,18 @@ class SAEComparison:
         return found
 
     def notes(self) -> list[str]:
-        """Return the notes of the results, each with its SAE's name."""
-        return [
+        """Return the notes of the results, each with its SAE's name unless it is of all."""
+        by_name = {
+            name: list(dict.fromkeys(n for one in results.values() for n in one.get("notes", ())))
+            for name, results in self.results.items()
+        }
+        shared = set.intersection(*map(set, by_name.values()))
+        first = next(iter(by_name.values()))
+        return [f"note: {note}" for note in first if note in shared] + [
             f"note: {name}: {note}"
-            for name, by_name in self.results.items()
-            for note in dict.fromkeys(n for one in by_name.values() for n in one.get("notes", ()))
+            for name, notes in by_name.items()
+            for note in notes
+            if note not in shared
         ]
 
     def __repr__(self) -> str:

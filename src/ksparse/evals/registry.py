@@ -26,11 +26,15 @@ from collections.abc import Sequence
 from ksparse.config.evaluation import check_evaluations
 from ksparse.evals.ablation import Ablation
 from ksparse.evals.base import Metric
+from ksparse.evals.decoder_projection import DecoderProjection
 from ksparse.evals.downstream import Downstream
 from ksparse.evals.explanations.explained_loss import ExplainedLoss
 from ksparse.evals.explanations.n2g import N2G
+from ksparse.evals.latents.absorption import Absorption
 from ksparse.evals.latents.properties import Latents
 from ksparse.evals.latents.subspaces import Subspaces
+from ksparse.evals.latents.token_driven import TokenDriven
+from ksparse.evals.norms import Norms
 from ksparse.evals.positions import Positions
 from ksparse.evals.probing.probes import Probes
 from ksparse.evals.progressive import Progressive
@@ -53,6 +57,10 @@ EVALS: dict[str, type[Metric]] = {
     "progressive": Progressive,
     "latents": Latents,
     "subspaces": Subspaces,
+    "token_driven": TokenDriven,
+    "norms": Norms,
+    "decoder_projection": DecoderProjection,
+    "absorption": Absorption,
 }
 """All evaluations."""
 

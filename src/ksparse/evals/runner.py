@@ -12,6 +12,10 @@
     progressive     is the code still good at another k, or with a threshold in place of k?
     latents         how often do latents fire, how strongly, and on what kinds of position?
     subspaces       do groups of latents use separate subspaces?
+    token_driven    do latents follow single tokens, whatever the context?
+    norms           do activations of large norm take the slots?
+    absorption      do special cases escape general latents?
+    decoder_projection   a proxy for whether k is too low or too high
 
 The first six are the default (`registry.DEFAULT`); the others run when they are named.
 """
@@ -314,6 +318,7 @@ def _origin(
         "options": options.for_eval(name),
         "lm": acts.lm,
         "site": acts.site,
+        **({} if acts.lm_weights == ActsConfig.lm_weights else {"lm_weights": acts.lm_weights}),
         "checkpoint": metadata.get("step"),
         **({"text": acts.text} if EVALS[name].passes else {}),
     }

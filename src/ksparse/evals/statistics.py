@@ -249,6 +249,16 @@ def check_plain(value: Any, where: str = "the result") -> None:
         )
 
 
+def count_of(number: int | None, things: str) -> str:
+    """Return a number with what it counts; "" for none.
+
+    Example:
+        >>> count_of(1_200, "tokens"), count_of(1, "documents"), count_of(None, "tokens")
+        ('1,200 tokens', '1 document', '')
+    """
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}" if number else ""
+
+
 class Result(dict[str, Any]):
     """The result of one evaluation: a dict that is saved as JSON, with tensors beside it.
 
@@ -303,7 +313,7 @@ class Result(dict[str, Any]):
         baselines = BASELINES.get(str(self.get("name")).partition("-")[0], {})
         beside = {key: [k for k in keys if k in numbers] for key, keys in baselines.items()}
         shown = {key for keys in beside.values() for key in keys}
-        words = (f"{self[key]:,} {key[2:]}" for key in ("n_tokens", "n_documents") if self.get(key))
+        words = (count_of(self.get(f"n_{what}"), what) for what in ("tokens", "documents"))
         place = f"{self['lm']} at {self['site']}" if self.get("lm") else ""
         rows = [
             (
@@ -316,9 +326,12 @@ class Result(dict[str, Any]):
             for key, value in numbers.items()
             if key not in shown
         ]
+        header: tuple[str, ...] = ("number", "value ± se", "beside it")
+        if not any(beside for _, _, beside in rows):
+            header, rows = header[:2], [row[:2] for row in rows]
         return display.Table(
             " · ".join(part for part in (str(self.get("name")), place, *words) if part),
-            ("number", "value ± se", "beside it"),
+            header,
             rows,
             [f"note: {note}" for note in self.get("notes", ())],
         )
@@ -336,7 +349,7 @@ class Results(dict[str, Result]):
     Example:
         >>> Results(stats=Result({"name": "stats", "l0": {"value": 32.0, "se": 0.5}}))
         stats
-          number  value ± se        beside it
+          number  value ± se
           l0      32.0000 ± 0.5000
     """
 

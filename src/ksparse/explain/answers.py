@@ -1,6 +1,7 @@
 """The answers of servers, kept in a run: explain/answers.jsonl, one line for each request.
 
-{"key": a hash of the request, "text": …, "prompt_tokens": …, "answer_tokens": …}
+{"key": a hash of the request, "text": …, "prompt_tokens": …, "answer_tokens": …, "model": …,
+"cut": …}
 
 A line that was cut short, as by a full disk, is left out: the server is asked again.
 """
@@ -60,8 +61,9 @@ class Answers:
         try:
             row = json.loads(line)
             key, text = row["key"], row["text"]
-            counts = [int(row[name]) for name in ("prompt_tokens", "answer_tokens")]
+            sent, received = int(row["prompt_tokens"]), int(row["answer_tokens"])
         except (ValueError, RecursionError, LookupError, TypeError):
             return
-        if isinstance(key, str) and isinstance(text, str):
-            self._known[key] = Answer(text, *counts)
+        model, cut = row.get("model", ""), row.get("cut") is True
+        if isinstance(key, str) and isinstance(text, str) and isinstance(model, str):
+            self._known[key] = Answer(text, sent, received, model, cut)

@@ -36,10 +36,15 @@ from ksparse.explain.server import Answer, ChatServer
 NAME = "explain"
 """The name of the result: evals/explain.json."""
 SCORES = ("detection", "fuzzing")
+ERRORS = 2
+"""Standard errors that own explanations must be ahead of dealt ones to rank latents."""
 RATES = tuple(
     prefix + score for prefix in ("", "shuffled_", "n2g_", "n2g_shuffled_") for score in SCORES
 )
-_CHARACTERS_PER_TOKEN = 3.5  # of English text; servers' tokenizers differ
+_CHARACTERS_PER_TOKEN = 3.0  # of short texts as JSON, with marks; servers' tokenizers differ
+_SCHEMA_HELPS = (
+    "models that do not keep the form of labels may keep it with --schema, if the server can"
+)
 _SUPPOSED = "x" * 80  # an explanation, before there is one
 
 
@@ -47,10 +52,13 @@ class Workload(NamedTuple):
     """What explaining will take."""
 
     requests: int
+    """At most: equal explanations are scored once."""
     prompt_tokens: int
     """About; tokenizers differ."""
     answer_tokens: int
     """At most."""
+    longest: int
+    """Tokens of the longest request with its answer, about: the context that the server needs."""
 
 
 class Explainer:
@@ -74,17 +82,21 @@ class Explainer:
     def estimate(self) -> Workload:
         """Return the requests that have no answer yet, with their tokens."""
         explaining = [self._explaining(specimen) for specimen in self.specimens.of]
-        missing = [body for body in explaining if self.answers.find(body) is None]
-        answered = len(missing) == 0
-        texts = self._read_explanations(explaining) if answered else [_SUPPOSED] * len(explaining)
+        answers = [self.answers.find(body) for body in explaining]
+        # Explanations to come are supposed to differ, so that each asks for scores of its own.
+        texts = [
+            f"{_SUPPOSED}{number}" if answer is None else prompts.read_explanation(answer.text)
+            for number, answer in enumerate(answers)
+        ]
         scoring = [body for bodies in self._scoring(texts) for body in bodies]
-        missing += [body for body in scoring if not answered or self.answers.find(body) is None]
-        characters = sum(len(m["content"]) for body in missing for m in body["messages"])
-        return Workload(
-            len(missing),
-            round(characters / _CHARACTERS_PER_TOKEN),
-            sum(body["max_tokens"] for body in missing),
-        )
+        missing = self._missing(explaining + scoring)
+        lengths = [
+            round(sum(len(m["content"]) for m in body["messages"]) / _CHARACTERS_PER_TOKEN)
+            for body in missing
+        ]
+        limits = [body["max_tokens"] for body in missing]
+        longest = max((sum(pair) for pair in zip(lengths, limits)), default=0)
+        return Workload(len(missing), sum(lengths), sum(limits), longest)
 
     def run(self) -> Result:
         """Ask what has no answer yet, and return the result.
@@ -100,7 +112,9 @@ class Explainer:
         scoring = self._scoring(texts)
         self._ask_all("scoring", [body for bodies in scoring for body in bodies])
         rows = self._score(scoring)
-        return self._result(texts, rows, time.monotonic() - start)
+        asked = self._unique(explaining + [body for bodies in scoring for body in bodies])
+        answers = [self._answer(body) for body in asked]
+        return self._result(texts, rows, answers, time.monotonic() - start)
 
     # ---- asking
 
@@ -120,7 +134,8 @@ class Explainer:
                         windows = [self._text(window, marked=fuzzing) for window in batch]
                         messages = prompts.ask_labels(explanation, windows, fuzzing=fuzzing)
                         limit = prompts.label_tokens(len(batch))
-                        bodies.append(self.server.body(messages, limit))
+                        form = prompts.label_schema(len(batch)) if self.options.schema else None
+                        bodies.append(self.server.body(messages, limit, form))
             latents.append(bodies)
         return latents
 
@@ -138,8 +153,7 @@ class Explainer:
 
     def _ask_all(self, what: str, bodies: list[dict[str, Any]]) -> None:
         """Ask what has no answer, several requests at a time; stop at the first that fails."""
-        unique = {repr(body): body for body in bodies if self.answers.find(body) is None}
-        missing, done = list(unique.values()), 0
+        missing, done = self._missing(bodies), 0
         lock = threading.Lock()
         progress.report(what, 0, len(missing))
 
@@ -160,6 +174,14 @@ class Explainer:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
         self._stop.clear()
+
+    def _unique(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return requests without repetitions, in their order."""
+        return list({repr(body): body for body in bodies}.values())
+
+    def _missing(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the requests that have no answer, each once."""
+        return [body for body in self._unique(bodies) if self.answers.find(body) is None]
 
     # ---- scoring
 
@@ -195,7 +217,13 @@ class Explainer:
             rows.append(row)
         return rows
 
-    def _result(self, texts: list[str], rows: list[dict[str, float]], seconds: float) -> Result:
+    def _result(
+        self,
+        texts: list[str],
+        rows: list[dict[str, float]],
+        answers: list[Answer],
+        seconds: float,
+    ) -> Result:
         columns = {name: np.array([row[name] for row in rows]) for name in (*RATES, "unread")}
         latents = [
             {
@@ -207,9 +235,9 @@ class Explainer:
         ]
         options = {
             name: getattr(self.options, name)
-            for name in ("model", "examples", "test", "shown", "tokens", "seed")
+            for name in ("model", "examples", "test", "shown", "schema", "tokens", "seed")
         }
-        values = {
+        values: dict[str, Any] = {
             "name": NAME,
             "options": options,
             **self.specimens.origin,
@@ -223,27 +251,67 @@ class Explainer:
             "n_latents": len(rows),
             "too_few": self.specimens.too_few,
             "latents": latents,
-            "notes": self._notes(columns["unread"]),
+            "answers": _count(answers),
             "seconds": round(seconds, 2),
         }
+        values["tells_apart"] = {
+            score: tells_apart(values[f"{score}_over_shuffled"]) for score in SCORES
+        }
+        values["notes"] = _notes(values)
         arrays = {"latent": torch.tensor([specimen.latent for specimen in self.specimens.of])}
         arrays |= {name: torch.from_numpy(columns[name]).float() for name in RATES}
         return Result(values, arrays)
 
-    def _notes(self, unread: np.ndarray) -> list[str]:
-        notes = []
-        if unread.any():
-            notes.append(
-                f"{unread.mean():.1%} of the labels could not be read and count as half right"
-            )
-        if self.specimens.too_few:
-            notes.append(
-                f"{len(self.specimens.too_few)} latents that were looked at fire in too few texts, "
-                "or in too many, and are left out"
-            )
-        if len(unread) == 1:
-            notes.append("one latent: there is no other explanation to compare with")
-        return notes
+
+def _count(answers: list[Answer]) -> dict[str, Any]:
+    """Return what the server said about the answers that a result is made of."""
+    models = [answer.model for answer in answers]
+    return {
+        "requests": len(answers),
+        "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
+        "answer_tokens": sum(answer.answer_tokens for answer in answers),
+        "uncounted": sum(not answer.prompt_tokens for answer in answers),
+        "cut": sum(answer.cut for answer in answers),
+        "models": {model: models.count(model) for model in sorted({*models} - {""})},
+    }
+
+
+def _notes(values: dict[str, Any]) -> list[str]:
+    """Return what a reader of a result must know to read its numbers."""
+    answers, asked, rows = values["answers"], values["options"]["model"], values["latents"]
+    texts = [row["explanation"] for row in rows]
+    empty, same = texts.count(""), sum(texts.count(text) > 1 for text in texts if text)
+    named = ", ".join(f"'{model}'" for model in answers["models"])
+    too_few = len(values["too_few"])
+    notes = [
+        f"{score}: the judge cannot tell. Explanations of other latents score as well "
+        f"({_show(values['shuffled_' + score])}) as a latent's own ({_show(values[score])}), so "
+        "the scores of single latents rank nothing"
+        for score in SCORES
+        if values["tells_apart"][score] is False
+    ]
+    said = {
+        f"{values['unread']:.1%} of the labels could not be read and count as half right": (
+            values["unread"] > 0
+        ),
+        _SCHEMA_HELPS: values["unread"] > 0.1 and not values["options"]["schema"],
+        f"{empty} of {len(rows)} latents got an answer without words for an explanation": empty > 0,
+        f"{same} of {len(rows)} latents have the explanation of another one": same > 0,
+        f"{answers['cut']} of {answers['requests']} answers end at the limit of tokens": (
+            answers["cut"] > 0
+        ),
+        f"asked for model '{asked}'; the server says that {named} answered": (
+            answers["models"].keys() - {asked} != set()
+        ),
+        f"{too_few} latents that were looked at fire in too few texts, or in too many, and are "
+        "left out": too_few > 0,
+        "one latent: there is no other explanation to compare with": len(rows) == 1,
+    }
+    return notes + [note for note, is_so in said.items() if is_so]
+
+
+def _show(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.3f} ± {estimate['se']:.3f}"
 
 
 def balanced_accuracy(active: Sequence[bool], labels: Sequence[bool | None]) -> float:
@@ -267,6 +335,26 @@ def balanced_accuracy(active: Sequence[bool], labels: Sequence[bool | None]) -> 
     )
     truth = np.array(active, bool)
     return float((right[truth].mean() + right[~truth].mean()) / 2)
+
+
+def tells_apart(difference: dict[str, float | None]) -> bool | None:
+    """Return whether own explanations score better than those of other latents.
+
+    The mean paired difference must exceed `ERRORS` standard errors over latents. Where it does not,
+    the judge cannot tell latents apart by their explanations, and the scores rank nothing.
+
+    Args:
+        difference: `value` and `se` of own less dealt explanations.
+
+    Returns:
+        None without a standard error, as with one latent.
+
+    Example:
+        >>> tells_apart({"value": 0.1, "se": 0.02})
+        True
+    """
+    value, se = difference["value"], difference["se"]
+    return None if value is None or se is None else value > ERRORS * se
 
 
 def _score_patterns(windows: list[Window], *, dealt: bool) -> dict[str, float]:

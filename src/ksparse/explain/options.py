@@ -40,6 +40,9 @@ class ExplainConfig(Config):
     """Held-out activations to choose texts from."""
     seed: int = 0
     """Seed of the sample of latents and texts."""
+    schema: bool = False
+    """Ask the server to hold labels to their form, by a JSON schema (`response_format`): small
+    models rarely keep it by themselves. Not every server can."""
     per_minute: int = 0
     """Requests a minute at most; 0: no limit."""
     parallel: int = 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 OPEN, CLOSE = "<<", ">>"
 """What marks tokens in a text."""
@@ -71,6 +72,26 @@ def ask_labels(explanation: str, texts: Sequence[str], *, fuzzing: bool) -> Mess
     )
 
 
+def label_schema(count: int) -> dict[str, Any]:
+    """Return the `response_format` that only an answer with so many labels has.
+
+    An object around the list, since some servers take nothing else.
+    """
+    labels = {
+        "type": "array",
+        "items": {"type": "integer", "enum": [0, 1]},
+        "minItems": count,
+        "maxItems": count,
+    }
+    table = {
+        "type": "object",
+        "properties": {"labels": labels},
+        "required": ["labels"],
+        "additionalProperties": False,
+    }
+    return {"type": "json_schema", "json_schema": {"name": "labels", "schema": table}}
+
+
 def label_tokens(count: int) -> int:
     """Return the tokens of an answer with so many labels, at most."""
     return 16 + 4 * count
@@ -84,7 +105,7 @@ def read_explanation(answer: str) -> str:
         >>> read_explanation('\\n"names of cities."\\nThese are …')
         'names of cities.'
     """
-    lines = (line.strip() for line in answer.splitlines())
+    lines = (line.strip() for line in _spoken(answer).splitlines())
     line = next((line for line in lines if re.search(r"\w", line)), "")
     line = re.sub("[\ud800-\udfff]", "\ufffd", line)
     return line.strip("\"'`*“” ")[:LONGEST]
@@ -97,7 +118,7 @@ def read_labels(answer: str, count: int) -> list[bool] | None:
         >>> read_labels("Here it is: [1, 0, true]", 3)
         [True, False, True]
     """
-    for found in re.findall(r"\[[^\[\]]*\]", answer[:10_000]):
+    for found in re.findall(r"\[[^\[\]]*\]", _spoken(answer[:10_000])):
         try:
             labels = json.loads(found.lower())
         except ValueError:
@@ -107,6 +128,11 @@ def read_labels(answer: str, count: int) -> list[bool] | None:
         ):
             return [bool(label) for label in labels]
     return None
+
+
+def _spoken(answer: str) -> str:
+    """Return an answer without what a model thought before it."""
+    return re.sub(r"<think>.*", "", answer.rpartition("</think>")[2], flags=re.DOTALL)
 
 
 def _number(texts: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ _ADVICE = {
     403: "; set the environment variable {variable} to the server's API key",
     404: "; check --url, which ends in /v1 on most servers, and --model",
 }
+_LESS = "; ask with smaller --examples or --shown, or start the server with a longer context"
 
 
 class ServerError(KsparseError):
@@ -37,11 +38,22 @@ class ServerError(KsparseError):
 
 
 class Answer(NamedTuple):
-    """A server's answer, and the tokens that it counted (0 where it does not say)."""
+    """A server's answer, and what it says about it.
+
+    Example:
+        >>> Answer("names of cities", prompt_tokens=700, answer_tokens=4).cut
+        False
+    """
 
     text: str
     prompt_tokens: int = 0
+    """Tokens of the request, as counted by the server; 0 where it does not say."""
     answer_tokens: int = 0
+    """Tokens of the answer, as counted by the server; 0 where it does not say."""
+    model: str = ""
+    """The model that answered, in the server's words; "" where it does not say."""
+    cut: bool = False
+    """Whether the answer ends because it has as many tokens as were allowed."""
 
 
 class _Retry(Exception):
@@ -128,14 +140,20 @@ class ChatServer:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
 
-    def body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+    def body(
+        self,
+        messages: list[dict[str, str]],
+        max_tokens: int,
+        response_format: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Return the JSON of a request."""
-        return {
+        body = {
             "model": self.model,
             "messages": messages,
             "max_tokens": max_tokens,
             "temperature": 0,
         }
+        return body | ({"response_format": response_format} if response_format else {})
 
     def ask(self, body: dict[str, Any], stop: threading.Event | None = None) -> Answer:
         """Return the server's answer to a request.
@@ -204,6 +222,8 @@ class ChatServer:
         if error.code in _RETRIED or error.code >= 500:
             return _Retry(what, _seconds(error.headers.get("Retry-After")))
         advice = _ADVICE.get(error.code, "").format(variable=self.key_variable)
+        if error.code in (400, 413, 422) and "context" in said.lower():
+            advice = _LESS
         return InputError(
             f"{self.url} refuses the request for model {self.model!r}, {what}{advice}"
         )
@@ -216,15 +236,20 @@ def _seconds(header: str | None) -> float:
 
 def _read_answer(content: bytes) -> Answer:
     """Return the answer in a response; raise _Retry if there is none."""
+    if content.startswith(b"data:"):
+        raise _Retry("a stream of parts, which was not asked for")
     try:
         table = json.loads(content)
-        text = table["choices"][0]["message"]["content"]
+        choice = table["choices"][0]
+        text = choice["message"].get("content")
         usage = table.get("usage") or {}
         counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+        model, cut = table.get("model"), choice.get("finish_reason") == "length"
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise _Retry(f"a response that is no chat completion: {content[:200]!r}") from None
     if text is None:  # a refusal, or a model that only thought
         text = ""
     if not isinstance(text, str):
         raise _Retry(f"a response whose content is no text: {content[:200]!r}")
-    return Answer(text, *(count if type(count) is int and count > 0 else 0 for count in counts))
+    sent, received = (count if type(count) is int and count > 0 else 0 for count in counts)
+    return Answer(text, sent, received, model if isinstance(model, str) else "", cut)

@@ -18,6 +18,7 @@ from ksparse.sae.code import TextCode
 from ksparse.sae.model import SAE
 from ksparse.steering import check_latents
 
+_SHOWN = 6  # direct logits in a notebook
 BEFORE, AFTER = 24, 8
 """Tokens of a text shown before and after an example's own token, as those that `stats` keeps."""
 
@@ -175,22 +176,25 @@ class Latent:
         Raises:
             InputError: the site or the LM has no direct logits.
         """
-        run = ranges.results_of(self.sae)
-        if lm is None and self.code is None and run is not None:
-            arrays = self._results.arrays
-            if "logits_up_token" in arrays and n <= arrays["logits_up_token"].shape[1]:
-                return {
-                    name: list(
-                        zip(
-                            self._results.token_strings(
-                                arrays[f"logits_{end}_token"][self.number, :n].tolist()
-                            ),
-                            arrays[f"logits_{end}_value"][self.number, :n].tolist(),
-                        )
-                    )
-                    for name, end in (("raises", "up"), ("lowers", "down"))
-                }
-        return latent_logits(lm or self.sae.lm(), self.sae.W_dec[self.number], n)
+        kept = None if lm is not None or self.code is not None else self._kept_logits(n)
+        return kept or latent_logits(lm or self.sae.lm(), self.sae.W_dec[self.number], n)
+
+    def _kept_logits(self, n: int) -> dict[str, list[tuple[str, float]]] | None:
+        """Return what `stats` found of the direct logits; None if it did not, or not as many."""
+        arrays = {} if ranges.results_of(self.sae) is None else self._results.arrays
+        if "logits_up_token" not in arrays or n > arrays["logits_up_token"].shape[1]:
+            return None
+        return {
+            name: list(
+                zip(
+                    self._results.token_strings(
+                        arrays[f"logits_{end}_token"][self.number, :n].tolist()
+                    ),
+                    arrays[f"logits_{end}_value"][self.number, :n].tolist(),
+                )
+            )
+            for name, end in (("raises", "up"), ("lowers", "down"))
+        }
 
     def __repr__(self) -> str:
         try:
@@ -205,6 +209,8 @@ class Latent:
             "largest": f"{self.max:.3g}",
             "fires on": ", ".join(f"{html.visible(t)} {share:.0%}" for t, share in self.tokens()),
         }
+        for name, rows in ((self.code is None and self._kept_logits(_SHOWN)) or {}).items():
+            words[name] = ", ".join(f"{html.visible(t)} {value:+.2f}" for t, value in rows)
         most = self.max or 1.0
         parts = [
             html.tokens(

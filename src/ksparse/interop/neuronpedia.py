@@ -8,6 +8,8 @@
 
 * FOLDER/MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl
 * FOLDER/MODEL/LAYER-SET/{features,activations,explanations}/batch-K.jsonl.gz
+* FOLDER/MODEL/LAYER-SET/explanation_scores/batch-K.jsonl.gz, explanation_score_model.jsonl.gz, with
+  scores of `explain` (`neuronpedia_explanations`)
 
 Examples are those of `stats`: the strongest (with bin_min = bin_contains = -1), and random ones
 of every size in four equal intervals from 0 to the latent's largest value; bin_contains is the
@@ -15,7 +17,8 @@ share of all tokens whose value lies in the interval. Values are in the SAE's un
 what a value of 1 adds to the raw activations on average, so that steering by a strength in those
 units has the size that the latent has in the LM. Logits are those of the decoder row alone: row x
 weight of the final norm x unembedding, minus their mean over the vocabulary, which changes no
-probability. Fields that need several latents or channels at once (correlated_*) are empty.
+probability. They are empty where the site is not in the residual stream. Fields that need several
+latents or channels at once (correlated_*) are empty.
 
 The importer writes a line into the table of its file (release: SourceRelease, features: Neuron).
 Users are named by ids of its database there: `creatorId`, `authorId`.
@@ -25,7 +28,6 @@ from __future__ import annotations
 
 import datetime
 import gzip
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,8 +42,14 @@ from ksparse import interop
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
 from ksparse.interop.latent_examples import Example, LatentExamples
+from ksparse.interop.neuronpedia_explanations import (
+    Explanations,
+    judge_row,
+    read_explanations,
+    row_id,
+)
 from ksparse.interop.text_activations import read_activations
-from ksparse.lm.direct_logits import read_head
+from ksparse.lm.direct_logits import DirectHead, read_head
 from ksparse.lm.model import LM
 from ksparse.lm.sites import blocks_of
 from ksparse.sae.model import SAE
@@ -97,7 +105,7 @@ def export_dashboard(run: RunFolder, folder: Path, publication: Publication = Pu
     }
     count = 0
     with atomic.atomic_dir(folder, new=True) as folder:
-        for number, features in enumerate(_batches(source, sae, lm)):
+        for number, features in enumerate(_batches(source, sae, lm, _find_head(lm))):
             jsonio.write_json(folder / f"batch-{number}.json", head | {"features": features})
             count += len(features)
     return count
@@ -115,6 +123,8 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
         The number of latents written.
     """
     source, sae, lm = _open(run, folder)
+    head = _find_head(lm)
+    hook = hook_names.to_hook(head.site if head else source.acts.site)
     model = publication.model or source.acts.lm.replace("/", "-")
     source_id = f"{_layer(source)}-{publication.set}"
     for name in (model, source_id):
@@ -125,19 +135,21 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
     created = datetime.datetime.now(datetime.UTC).isoformat()
     names = {"modelId": model, "layer": source_id}
     common = {"creatorId": publication.creator_id, "createdAt": created}
-    explanations = [
-        (_explanations(run, source), "n2g", "n2g: patterns of tokens, found by ksparse"),
-        (_in_words(run), "explain", "explain: by a language model, asked by ksparse"),
-    ]
+    explanations = read_explanations(run, source)
+    judge = judge_row(run, publication.creator, created)
     count = 0
     with atomic.atomic_dir(folder, new=True) as root:
         target = root / model / source_id
         target.mkdir(parents=True)
         for table, row in _release_rows(source, lm, publication, names, common).items():
             _write_rows(target / f"{table}.jsonl", [row])
-        for number, features in enumerate(_batches(source, sae, lm)):
-            tables = _latent_rows(features, source, publication, names, common, explanations)
+        if judge is not None:
+            _write_rows(target / "explanation_score_model.jsonl.gz", [judge])
+        for number, features in enumerate(_batches(source, sae, lm, head)):
+            tables = _latent_rows(features, hook, names, common, explanations)
             for table, rows in tables.items():
+                if not rows and table == "explanation_scores":
+                    continue
                 (target / table).mkdir(exist_ok=True)
                 _write_rows(target / table / f"batch-{number}.jsonl.gz", rows)
             count += len(features)
@@ -148,6 +160,14 @@ def _open(run: RunFolder, folder: Path) -> tuple[LatentExamples, SAE, LM]:
     foreign.check_new_folder(folder)
     source = LatentExamples(run)
     return source, interop.load(run.path, device="cpu"), LM(acts=source.acts, device="cpu")
+
+
+def _find_head(lm: LM) -> DirectHead | None:
+    """Return what makes direct logits; None where a decoder row has none."""
+    try:
+        return read_head(lm)
+    except InputError:  # a note of `stats` has the reason
+        return None
 
 
 def _layer(source: LatentExamples) -> int:
@@ -164,14 +184,16 @@ def _layer(source: LatentExamples) -> int:
 
 
 @torch.no_grad()
-def _batches(source: LatentExamples, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
+def _batches(
+    source: LatentExamples, sae: SAE, lm: LM, head: DirectHead | None
+) -> Iterator[list[dict[str, Any]]]:
     """Yield the live latents as SAEDashboard's features, in batches."""
-    head, live = read_head(lm), source.live_latents()
+    live = source.live_latents()
     scale = _raw_scale(sae, lm)
     for first in range(0, len(live), BATCH):
         latents = live[first : first + BATCH]
         rows = sae.W_dec[latents]
-        logits = head.logits(rows).cpu()
+        logits = head.logits(rows).cpu() if head else rows.new_empty(len(rows), 0)
         yield [
             _feature(source, latent, row, logit) | {"vector": _rounded(scale * row)}
             for latent, row, logit in zip(latents, rows, logits)
@@ -192,7 +214,7 @@ def _feature(source: LatentExamples, latent: int, row: Tensor, logits: Tensor) -
         (-logits).topk(min(_N_LOGITS, len(logits))),
     )
     strongest = row.topk(min(3, len(row))).indices
-    heights, edges = np.histogram(logits.numpy(), bins=_N_BINS)
+    heights, edges = np.histogram(logits.numpy(), bins=_N_BINS if len(logits) else [0.0])
     bars, width = source.histogram(latent), source.stats["act_bin"]
     values = row[strongest]
     return {
@@ -326,32 +348,35 @@ def _release_rows(
 
 def _latent_rows(
     features: list[dict[str, Any]],
-    source: LatentExamples,
-    publication: Publication,
+    hook: str,
     names: dict[str, str],
     common: dict[str, str],
-    explanations: list[tuple[dict[int, str], str, str]],
+    explanations: list[Explanations],
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of a batch of latents, by table."""
     return {
-        "features": [
-            _feature_row(feature, source.acts.site, names | common) for feature in features
-        ],
+        "features": [_feature_row(feature, hook, names | common) for feature in features],
         "activations": [
             _activation_row(feature, index, names, common, example)
             for feature in features
             for index, example in enumerate(feature["activations"])
         ],
         "explanations": [
-            _explanation_row(latent, found[latent], names, common, kind, notes)
-            for latent in (feature["feature_index"] for feature in features)
-            for found, kind, notes in explanations
-            if latent in found
+            found.row(feature["feature_index"], names, common)
+            for feature in features
+            for found in explanations
+            if feature["feature_index"] in found.texts
+        ],
+        "explanation_scores": [
+            row
+            for feature in features
+            for found in explanations
+            for row in found.score_rows(feature["feature_index"], names, common)
         ],
     }
 
 
-def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> dict[str, Any]:
+def _feature_row(feature: dict[str, Any], hook: str, common: dict[str, Any]) -> dict[str, Any]:
     largest = max((max(example["values"]) for example in feature["activations"]), default=0.0)
     other_tables = (
         "feature_index",
@@ -370,7 +395,7 @@ def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> 
         "vector": feature["vector"],
         "vectorLabel": None,
         "vectorDefaultSteerStrength": largest,
-        "hookName": hook_names.to_hook(site),
+        "hookName": hook,
         "topkCosSimIndices": [],
         "topkCosSimValues": [],
         **{key: value for key, value in feature.items() if key not in other_tables},
@@ -389,7 +414,7 @@ def _activation_row(
     return {
         **names,
         **common,
-        "id": _row_id(*names.values(), index, str(number)),
+        "id": row_id(*names.values(), index, str(number)),
         "index": index,
         "tokens": example["tokens"],
         "values": values,
@@ -408,65 +433,6 @@ def _activation_row(
         "binContains": example["bin_contains"],
         "qualifyingTokenIndex": example["qualifying_token_index"],
     }
-
-
-def _explanation_row(
-    latent: int,
-    description: str,
-    names: dict[str, str],
-    common: dict[str, str],
-    kind: str,
-    notes: str,
-) -> dict[str, Any]:
-    return {
-        **names,
-        "id": _row_id(*names.values(), str(latent), kind),
-        "index": str(latent),
-        "description": description,
-        "authorId": common["creatorId"],
-        "createdAt": common["createdAt"],
-        "updatedAt": common["createdAt"],
-        # A type must be one that the database has, and it has none for patterns.
-        "typeName": None,
-        "explanationModelName": None,
-        "notes": notes,
-    }
-
-
-def _explanations(run: RunFolder, source: LatentExamples) -> dict[int, str]:
-    """Return the three N2G patterns of each latent with the most support, as text; '*' is any
-    token."""
-    if run.eval("n2g") is None:
-        return {}
-    arrays = source.read("n2g")[1]
-    patterns: dict[int, list[tuple[int, str]]] = {}
-    for number, latent in enumerate(arrays["pattern_latent"].tolist()):
-        tokens = arrays["pattern_tokens"][
-            slice(*arrays["pattern_start"][number : number + 2].tolist())
-        ].tolist()
-        words = "".join("*" if token < 0 else source.token_strings([token])[0] for token in tokens)
-        patterns.setdefault(latent, []).append((-int(arrays["pattern_support"][number]), words))
-    return {
-        latent: " | ".join(words for _, words in sorted(supported)[:3])
-        for latent, supported in patterns.items()
-    }
-
-
-def _in_words(run: RunFolder) -> dict[int, str]:
-    """Return the explanations of `ksparse explain`."""
-    rows = (run.eval("explain") or {}).get("latents")
-    return {
-        row["latent"]: row["explanation"]
-        for row in (rows if isinstance(rows, list) else ())
-        if isinstance(row, dict)
-        and type(row.get("latent")) is int
-        and isinstance(row.get("explanation"), str)
-        and row["explanation"]
-    }
-
-
-def _row_id(*parts: str) -> str:
-    return "c" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:

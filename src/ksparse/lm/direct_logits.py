@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ksparse import progress
 from ksparse.errors import InputError
-from ksparse.lm.sites import ALIASES, blocks_of
+from ksparse.lm.sites import ALIASES, blocks_of, resolve
 from ksparse.lm.tokens import token_strings
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class DirectHead:
         factor: what the head multiplies logits by.
         capped: whether something behind that is not linear, such as a soft cap.
         blocks_after: blocks between the site and the final norm; they are left out.
+        site: the site as an alias, such as resid_post.8, also where the LM's is a module's name.
     """
 
     unembedding: Tensor
@@ -78,6 +80,7 @@ class DirectHead:
     factor: float
     capped: bool
     blocks_after: int
+    site: str
 
     def describe(self) -> dict[str, Any]:
         """Return what the logits are of, for a result."""
@@ -110,10 +113,11 @@ class DirectHead:
         Rows and tokens are taken a block at a time, so the memory does not depend on their product.
         """
         inner = self.project(rows)
-        mean, covariance = self._moments()
+        r, v = len(inner), len(self.unembedding)
+        work = _Work((r + inner.shape[1]) * len(range(0, v, _TOKENS)))
+        mean, covariance = self._moments(work)
         centre = inner @ mean
         spread = ((inner @ covariance) * inner).sum(1).clamp_min(0).sqrt()
-        r, v = len(inner), len(self.unembedding)
         up, down = _Ends(r, min(count, v), inner), _Ends(r, min(count, v), inner)
         histogram = torch.zeros(r, BINS, dtype=torch.int32, device=inner.device)
         for first in range(0, v, _TOKENS):
@@ -124,11 +128,12 @@ class DirectHead:
                 up.add(part, logits, first)
                 down.add(part, -logits, first)
                 histogram[part] += _count(logits, spread[part])
+                work.add(len(logits))
         return DirectLogits(
             up.tokens.int(), up.values, down.tokens.int(), -down.values, spread, histogram
         )
 
-    def _moments(self) -> tuple[Tensor, Tensor]:
+    def _moments(self, work: _Work) -> tuple[Tensor, Tensor]:
         """Return mean [d] and covariance [d, d] of the unembedding's rows, summed in float64."""
         v, d = self.unembedding.shape
         device = self.weight.device
@@ -140,7 +145,20 @@ class DirectHead:
         for block in self.unembedding.split(_TOKENS):
             offset = (block.double() - mean).float()
             square += (offset.T @ offset).double()
+            work.add(d)
         return mean.float(), (square / v).float()
+
+
+class _Work:
+    """Reports how many rows have met blocks of the unembedding; for its covariance, d of them."""
+
+    def __init__(self, total: int):
+        self.done, self.total = 0, total
+        self.add(0)
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        progress.report(progress.DIRECT_LOGITS, self.done, self.total)
 
 
 class _Ends:
@@ -177,8 +195,8 @@ def read_head(lm: LM) -> DirectHead:
         The head; `ends` and `logits` apply it to rows.
 
     Raises:
-        InputError: the site is no place of the residual stream, or the final norm or the head has
-            a form in which a direction has no logits of its own.
+        InputError: what is at the site is not part of the residual stream or added to it, or the
+            final norm or the head has a form in which a direction has no logits of its own.
 
     Example:
         >>> import ksparse
@@ -186,13 +204,9 @@ def read_head(lm: LM) -> DirectHead:
         >>> head.ends(head.unembedding[:1]).up_token.shape
         torch.Size([1, 10])
     """
-    site, model = lm.options.site, lm.model
+    model = lm.model
+    site = _find_alias(model, lm.options.site)
     alias, _, number = site.partition(".")
-    if alias not in ALIASES:
-        raise InputError(
-            f"direct logits need a site in the residual stream ({', '.join(ALIASES)}); "
-            f"{site!r} is a module's"
-        )
     unembedding = getattr(model.get_output_embeddings(), "weight", None)
     if not isinstance(unembedding, Tensor) or not unembedding.is_floating_point():
         raise InputError(f"{lm.options.lm} has no unembedding in floating point to read")
@@ -209,7 +223,28 @@ def read_head(lm: LM) -> DirectHead:
     factor, capped = _compare_head(linear, logits, bias)
     blocks = len(blocks_of(model))
     after = blocks - 1 - int(number) % blocks
-    return DirectHead(unembedding, weight, centred, factor, capped, after + (alias == "resid_pre"))
+    after += alias == "resid_pre"
+    return DirectHead(unembedding, weight, centred, factor, capped, after, site)
+
+
+def _find_alias(model: nn.Module, site: str) -> str:
+    """Return the alias of a site that is an alias or the name of a module at the same place."""
+    if site.partition(".")[0] in ALIASES:
+        return site
+    place = resolve(model, site)
+    for number, block in enumerate(blocks_of(model)):
+        if place.module not in block.modules():
+            continue
+        for alias in ALIASES:
+            try:
+                if resolve(model, f"{alias}.{number}") == place:
+                    return f"{alias}.{number}"
+            except InputError:  # the model does not confirm this alias
+                continue
+    raise InputError(
+        f"direct logits need a site in the residual stream ({', '.join(ALIASES)}); "
+        f"{site!r} is another place"
+    )
 
 
 def latent_logits(lm: LM, row: Tensor, count: int = COUNT) -> dict[str, list[tuple[str, float]]]:

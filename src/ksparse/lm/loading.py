@@ -304,6 +304,7 @@ def read_config(source: str, options: dict[str, Any]) -> Any:
     except Exception as error:  # from transformers, or from the model's own code
         raise InputError(
             f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}"
+            f"{hub.absence(source)}"
         ) from error
     for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
         kernel = str(getattr(part, "_attn_implementation", None) or "")

@@ -29,6 +29,7 @@ from ksparse.lm.loading import (
     loading_options,
     resolve_dtype,
 )
+from ksparse.lm.redraw import redraw_
 from ksparse.lm.sites import blocks_before, describe_sites, resolve
 from ksparse.lm.tokens import TokenBatch, token_strings, tokenize_text, without_bos
 from ksparse.lookup import function_of
@@ -111,6 +112,9 @@ class LM:
         loading = loading_options(self.options, trust_remote_code or code_is_trusted())
         self.options = resolve_dtype(self.options, device, loading)
         self.model = load_model(source, self.options, loading, device)
+        if self.options.lm_weights != "trained":
+            keep_embedding = self.options.lm_weights == "redrawn_keep_embedding"
+            redraw_(self.model, keep_embedding=keep_embedding)
         self.tokenizer = load_tokenizer(self.options.tokenizer or source, loading)
         self.vocab = self.model.get_input_embeddings().weight.shape[0]
         self._check_tokenizer()
@@ -443,4 +447,5 @@ def check_length(tokens: int, longest: int | None, lm: str, what: str = "a conte
         raise InputError(
             f"{what} is {tokens:,} tokens long, but {lm} takes at most {longest:,}; give a shorter "
             + ("--acts.context" if what == "acts.context" else "one")
+            + (", or lm.encode(text, sae), which cuts it" if what == "the text" else "")
         )

@@ -29,7 +29,7 @@ from ksparse.lm.sites import resolve
 if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
 
-POLICY = ("context", "bos", "borders", "keep")
+POLICY = ("context", "bos", "borders", "keep", "shuffle_tokens")
 """Keys of `acts` that decide which contexts and positions are read."""
 _log = logging.getLogger("ksparse")
 
@@ -198,12 +198,20 @@ def _contradictions(
         result.append(("tokenizer", lm.options.tokenizer, trained["tokenizer"]))
     if lm.folder is None and trained.get("revision", lm.options.revision) != lm.options.revision:
         result.append(("revision", lm.options.revision, trained["revision"]))
+    result += _other_weights(trained, lm)
     recorded, actual = metadata.get("subject") or {}, describe_lm(lm.model)
     return result + [
         (f"the LM's {key}", actual[key], recorded[key])
         for key in actual
         if key in recorded and recorded[key] != actual[key]
     ]
+
+
+def _other_weights(trained: dict[str, Any], lm: LM) -> list[tuple[str, Any, Any]]:
+    """Return the contradiction if one of the LMs has its weights drawn anew and the other not."""
+    weights = trained.get("lm_weights", ActsConfig.lm_weights)
+    here = lm.options.lm_weights
+    return [("lm_weights", here, weights)] if weights != here else []
 
 
 def _overrides(trained: dict[str, Any], lm: LM) -> dict[str, Any]:

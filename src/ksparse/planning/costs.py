@@ -175,6 +175,8 @@ class RankShape:
         rows: tokens of a batch.
         n: latents.
         weights: parameters of its shard of the SAE.
+        trained: those of them that are not frozen.
+        held: those of them whose start values are kept.
         ks: k of each code that is computed: the SAE's, and Multi-TopK's.
         offers: values of a token that the rank contributes to the global top k, for each of `ks`.
         dead: dead latents.
@@ -188,6 +190,9 @@ class RankShape:
         self.rows = math.ceil(recipe.batch / mesh.data)
         self.n = math.ceil(sae.n_latents / mesh.latent)
         self.weights = 2 * self.n * self.d + self.n + self.d
+        frozen = {"none": 0, "decoder": self.n * self.d, "encoder": self.n * (self.d + 1)}
+        self.trained = self.weights - frozen[sae.freeze]
+        self.held = self.n * self.d if sae.decoder_cosine_min else 0
         # Several processes take the step in plain torch, as `choose_step` has it.
         self.step = "torch" if self.ranks > 1 and case.step != "autograd" else case.step
         self.ks = [sae.k, 4 * sae.k] if sae.multi_topk else [sae.k]
@@ -223,6 +228,7 @@ SMALLER = {
     "weights": "--mesh.latent",
     "moments": "--mesh.latent",
     "average": "--optim.ema 0",
+    "start values": "--sae.decoder-cosine-min 0",
     "low-precision copies": "--optim.approx-topk off",
     "gradients": "--mesh.latent",
     "copy for a checkpoint": "--mesh.latent",
@@ -259,8 +265,9 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
     most_exchanged = max((rows * offer for rows, offer in rank.exchanged), default=0)
     parts = {
         "weights": 4 * weights,
-        "moments": 8 * weights,
-        "average": 4 * weights if recipe.ema else 0,
+        "moments": 8 * rank.trained,
+        "average": 4 * rank.trained if recipe.ema else 0,
+        "start values": 4 * rank.held,
         "low-precision copies": _low_precision_copies(case, rank),
         "gradients": 4 * weights if rank.step != "native" else 0,
         "copy for a checkpoint": _checkpoint_copies(case, rank) if host else 0,
@@ -312,7 +319,7 @@ class SAEMemory(NamedTuple):
 
 def sae_memory(case: PlanInput) -> SAEMemory:
     """Return the memory of one process that belongs to the SAE, without the stream's."""
-    held_parts = {"weights", "moments", "average", "low-precision copies"}
+    held_parts = {"weights", "moments", "average", "start values", "low-precision copies"}
     if case.step in ("torch", "native"):
         held_parts.add("pre-activations")  # a buffer that is used again
     if case.step == "torch" and case.card.host:
@@ -336,9 +343,10 @@ def add_memory(saes: Iterable[SAEMemory]) -> float:
 
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
-    """Return the bytes of a checkpoint: the weights to use, raw weights, Adam's moments, and the
-    average if the recipe has one."""
-    return 4 * parameters * (5 if recipe.ema else 4)
+    """Return the bytes of a checkpoint, at most: the weights to use, raw weights, Adam's moments,
+    the average if the recipe has one, and the start values of a decoder that is held near them."""
+    start = parameters // 2 if recipe.sae.decoder_cosine_min else 0
+    return 4 * (parameters * (5 if recipe.ema else 4) + start)
 
 
 def disk_bytes(recipe: Recipe, parameters: int, existing: int = 0) -> int:

@@ -20,7 +20,7 @@ from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
 from ksparse.limits import PRE_ACTS, logit_rows
 from ksparse.planning.costs import CONTEXT, CONTEXTS, LIBRARIES, LMSpec, bytes_of
-from ksparse.progress import Expected
+from ksparse.progress import DIRECT_LOGITS, Expected
 
 HELD = 10
 """Hidden states, activations and reconstructions [tokens, d_model] of a batch that are held at
@@ -43,6 +43,9 @@ SUFFIX_TOKENS, WILDCARD_TOKENS = 50, 85
 """Tokens that N2G reads for each example: to find its suffix, and which of its tokens matter."""
 SEQUENCES = 6
 """Sequences of which these are, for each example and either purpose."""
+LOGIT = 600
+"""FLOPs of the LM that take as long as to see whether a direct logit is among the largest and in
+which bin it lies; measured on a CPU."""
 TASKS = 40
 """Tasks of a suite of probes, about."""
 _SECONDS = {
@@ -159,17 +162,24 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
 def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expected]:
     """Return what an evaluation does between the passes."""
     options = case.options.resolved()
+    if name == "stats":
+        ends = case.n_latents * case.subject.vocabulary * LOGIT
+        rows = case.n_latents + case.subject.d_model  # those of the covariance
+        return {DIRECT_LOGITS: Expected(case.saes * (rows * case.head + ends), rounds=case.saes)}
     if name == "probes":
         return _probe_phases(case, options)
     if name == "ablation":
         return _ablation_phases(case, options)
     if name == "n2g":
-        return _explanations(min(options.latents, case.n_latents), case, options)
+        latents = min(options.latents, case.n_latents)
+        return _explanations(latents, options.n2g_examples, case, options)
     if name == "explained_loss":
-        others = options.latents if "n2g" in names else 0
+        per_latent = min(options.explained_examples, options.n2g_examples)
+        others = options.latents if "n2g" in names and per_latent == options.n2g_examples else 0
+        latents = max(0, case.n_latents - others)
         counted = options.ngram_tokens
         return {
-            **_explanations(max(0, case.n_latents - others), case, options),
+            **_explanations(latents, per_latent, case, options),
             "counting n-grams": Expected(0, counted, _SECONDS["ngrams"] * counted),
         }
     return {}
@@ -208,8 +218,13 @@ def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
     }
 
 
-def _explanations(latents: int, case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
-    examples, length = latents * options.n2g_examples, case.acts.context
+def _explanations(
+    latents: int, per_latent: int, case: EvalCase, options: EvalConfig
+) -> dict[str, Expected]:
+    built_on = options.tokens // 2  # activations are of two of four parts of the documents
+    share = latents / case.n_latents
+    examples = round(min(latents * per_latent, built_on * case.k * share))
+    length = case.acts.context
     calls = {"suffixes": length, "which tokens matter": length * (length + 1) // 3}
     tokens = {"suffixes": SUFFIX_TOKENS, "which tokens matter": WILDCARD_TOKENS}
     return {

@@ -18,6 +18,8 @@ from ksparse.errors import InputError
 
 StepKind = Literal["autograd", "torch", "native", "triton"]
 """The training steps; "torch" is the explicit step."""
+NOT_COMPILED = "Multi-TopK, sae.freeze and sae.decoder_cosine_min"
+"""What the compiled kernels cannot do with TopK, for messages."""
 
 
 def choose_step(
@@ -40,7 +42,7 @@ def choose_step(
         'triton'
     """
     device_type = device.partition(":")[0]
-    explicit = not recipe.needs_autograd
+    explicit = not recipe.needs_autograd and not recipe.sae.limits_weights
     if processes > 1:
         return _step_in_torch(recipe, device_type)
     kernels = recipe.run.kernels
@@ -68,13 +70,13 @@ def _check_triton(recipe: Recipe, usable: bool) -> None:
     if kernels == "triton" and not usable:
         raise InputError(
             "run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without "
-            "Multi-TopK; leave it at 'auto'"
+            f"{NOT_COMPILED}; leave it at 'auto'"
         )
     bfloat16 = recipe.optim.precision != "float32"
     if bfloat16 and not (usable and kernels in ("auto", "triton")):
         raise InputError(
             "optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK "
-            "without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'"
+            f"without {NOT_COMPILED}, run.kernels not 'torch'; leave it at 'float32'"
         )
 
 
@@ -83,13 +85,13 @@ def _check_plain_torch(recipe: Recipe) -> None:
     if recipe.run.kernels == "native":
         raise InputError(
             "run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK "
-            "without Multi-TopK; leave it at 'auto', or give 'torch'"
+            f"without {NOT_COMPILED}; leave it at 'auto', or give 'torch'"
         )
     if recipe.optim.approx_topk not in ("off", "auto"):
         raise InputError(
             f"optim.approx_topk is {recipe.optim.approx_topk!r}, which needs the compiled kernels "
-            "(a CPU and a C++ compiler, or a CUDA GPU and triton; TopK without Multi-TopK, "
-            "run.kernels not 'torch'); leave it at 'off' or 'auto'"
+            "(a CPU and a C++ compiler, or a CUDA GPU and triton; TopK without "
+            f"{NOT_COMPILED}, run.kernels not 'torch'); leave it at 'off' or 'auto'"
         )
 
 

@@ -100,18 +100,10 @@ def draw_figure(run: RunFolder, name: str) -> Figure:
         >>> type(ksparse.open_run("runs/demo").figure("nmse")).__mro__[1].__name__
         'Figure'
     """
-    from ksparse.errors import InputError, nearest_name
+    from ksparse.report.figures import choose_figure
 
-    drawn = draw_figures(run)
-    matching = [one for one in drawn if name in (one, one.partition("-")[2])]
-    if len(matching) == 1:
-        return drawn[matching[0]]
-    nearest = nearest_name(name, drawn)
-    hint = f"; did you mean {nearest!r}?" if nearest else ""
-    raise InputError(
-        f"{run.path} has {'several figures' if matching else 'no figure'} {name!r}{hint}; it has "
-        f"{', '.join(drawn) or 'none'}. Other figures need evaluations: `ksparse eval {run.path}`"
-    )
+    more = f"Other figures need evaluations: `ksparse eval {run.path}`"
+    return choose_figure(draw_figures(run), name, run.path, more)
 
 
 __all__ = ["draw_figure", "draw_figures", "write"]

@@ -11,16 +11,18 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import numpy as np
 from markupsafe import Markup
 
+from ksparse.errors import InputError, nearest_name
 from ksparse.report.source import is_number
 from ksparse.report.tokens import safe_text
 
@@ -99,6 +101,29 @@ class Picture:
         return Markup(
             text.replace("<svg", f'<svg role="img" aria-label="{label}" focusable="false"', 1)
         )
+
+
+def choose_figure(drawn: Mapping[str, Any], name: str, place: Path, more: str) -> Any:
+    """Return the figure of a name, or of the part of its name after the first hyphen.
+
+    Args:
+        drawn: {name: figure}.
+        name: the name.
+        place: the folder whose figures they are, for messages.
+        more: what else would add figures, for messages.
+
+    Raises:
+        InputError: there is no such figure, or several; the others are named.
+    """
+    matching = [one for one in drawn if name in (one, one.partition("-")[2])]
+    if len(matching) == 1:
+        return drawn[matching[0]]
+    nearest = nearest_name(name, drawn)
+    hint = f"; did you mean {nearest!r}?" if nearest else ""
+    raise InputError(
+        f"{place} has {'several figures' if matching else 'no figure'} {name!r}{hint}; it has "
+        f"{', '.join(drawn) or 'none'}. {more}"
+    )
 
 
 # ---- canvas and file

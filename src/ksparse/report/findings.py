@@ -224,6 +224,12 @@ class ProbeTask:
         known = [baseline.value for baseline in baselines if baseline is not None]
         return min(known) - loss.value if loss is not None and known else None
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether the gain is more than two standard errors of the latent's loss."""
+        loss = self.losses["loss"]
+        return self.gain is not None and loss is not None and self.gain > 2 * (loss.se or 0)
+
 
 LOSSES = (
     "loss",

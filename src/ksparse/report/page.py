@@ -8,7 +8,7 @@ import jinja2
 
 from ksparse.errors import KsparseError
 from ksparse.report.figures import Picture
-from ksparse.report.sections import SECTIONS
+from ksparse.report.sections import SECTIONS, headline
 from ksparse.report.source import DamagedResult, RunSource
 from ksparse.report.tables import format_amount, format_percent, format_significant
 from ksparse.report.tokens import safe_text
@@ -42,13 +42,18 @@ def render(run: RunFolder) -> tuple[str, list[Picture]]:
 
 
 def _render(source: RunSource) -> tuple[str, list[Picture]]:
-    sections = [(section, section.facts(source)) for section in SECTIONS]
+    sections = [
+        (section, section.facts(source))
+        for section in SECTIONS
+        if not section.needs or source.result(section.needs) is not None
+    ]
     html = (
         environment()
         .get_template("report.html.jinja")
         .render(
             name=source.run.name,
-            summary=summarize(source),
+            summary=describe(source) + ".",
+            headline=headline.read_numbers(source),
             sections=sections,
             left_out=source.left_out,
         )
@@ -87,8 +92,8 @@ def environment() -> jinja2.Environment:
     return templates
 
 
-def summarize(source: RunSource) -> str:
-    """Return a run in one sentence; what was not measured is left out."""
+def describe(source: RunSource) -> str:
+    """Return what a run is, in one sentence without its full stop."""
     recipe, subject, tokens = source.recipe, source.subject, source.tokens_trained
     if tokens:
         trained = f"trained on {format_amount(tokens)} activations"
@@ -96,10 +101,15 @@ def summarize(source: RunSource) -> str:
         trained = f"to be trained on {format_amount(recipe.tokens)} activations"
     else:
         trained = "judged on activations"
-    text = (
+    return (
         f"A {source.activation} autoencoder of {subject.n_latents:,} latents, {subject.bound}, "
         f"{trained} of {short_name(subject.acts.lm)} at {subject.acts.site}"
     )
+
+
+def summarize(source: RunSource) -> str:
+    """Return a run in one sentence; what was not measured is left out."""
+    text = describe(source)
     explained = source.number("stats", "explained_variance")
     added, clean, spliced = (
         source.number("downstream", f"ce_{name}") for name in ("delta", "clean", "spliced")
@@ -109,7 +119,7 @@ def summarize(source: RunSource) -> str:
         results.append(f"it explains {format_percent(explained.value)} of their variance")
     if added and clean and spliced:
         results.append(
-            "with its reconstructions in their place the LM's loss rises by "
+            "with its reconstructions in their place the LM’s loss rises by "
             f"{format_significant(added.value, 2)} nats per token, from {clean.value:.2f} to "
             f"{spliced.value:.2f}"
         )

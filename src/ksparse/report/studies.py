@@ -58,6 +58,10 @@ def write(folder: Path | str) -> Path:
         "name": study["name"],
         "pictures": pictures,
         "claims": [judge(claim, pictures) for claim in study.get("claims", [])],
+        "questions": [
+            {**one, "pictures": [picture for picture in pictures if picture.name in one["figures"]]}
+            for one in study.get("questions", [])
+        ],
         "setup": describe_setup(study),
         "command": str(study.get("command", "")),
         "columns": [column.replace("_", " ") for column in columns],

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ksparse.errors import CorruptError
+from ksparse.errors import CorruptError, InputError
 from ksparse.report import laws as figures
-from ksparse.report.figures import Picture, format_tick
+from ksparse.report.figures import Picture, choose_figure, format_tick
 from ksparse.report.page import environment
 from ksparse.report.tables import format_percent
 from ksparse.scaling.laws.forms import LAWS, Columns
@@ -218,6 +218,31 @@ def list_missing(sweep: Sweep, pictures: set[str]) -> list[str]:
 
 
 # ---- figures and tables --------------------------------------------------------------------------
+
+
+def draw_figures(folder: Path) -> dict[str, Any]:
+    """Draw the figures of a sweep's report as matplotlib figures, by name; nothing is written.
+
+    Raises:
+        InputError: no law has been fitted yet.
+    """
+    if not atomic.inside(folder, "law.json").is_file():
+        raise InputError(
+            f"{folder} has no law.json, which its figures are drawn from; fit its laws first: "
+            f"ksparse.fit({str(folder)!r}) or `ksparse fit {folder}`"
+        )
+    return {picture.name: picture.drawing.figure for picture in draw_pictures(Sweep(folder))}
+
+
+def draw_figure(folder: Path, name: str) -> Any:
+    """Draw one of `draw_figures`, by its name or the end of it: "size" for "law-size".
+
+    Raises:
+        InputError: there is no such figure; the others are named.
+    """
+    drawn = draw_figures(folder)
+    more = f"`ksparse report {folder}` says which runs would add others"
+    return choose_figure(drawn, name, folder, more)
 
 
 def draw_pictures(sweep: Sweep) -> list[Picture]:

@@ -32,6 +32,7 @@ class NumberRow:
             other numbers.
         reading: how to read it, a sentence or two.
         absent: why a result has no value under this key.
+        key_number: whether it is shown before the reader asks for all numbers.
     """
 
     label: str
@@ -40,6 +41,7 @@ class NumberRow:
     compare: str | Callable[[RunSource], str]
     reading: str
     absent: str = "Not in this result."
+    key_number: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def compare_with(
 def build_table(
     source: RunSource, groups: Iterable[NumberGroup], *, skip_missing: bool = False
 ) -> list[dict[str, Any]]:
-    """Return the groups with their cells, and the command that adds each group's evaluation.
+    """Return the groups with their cells.
 
     Args:
         source: the run.
@@ -96,19 +98,18 @@ def build_table(
     """
     table = []
     for group in groups:
-        cells = [_make_cell(source, group, row) for row in group.rows]
+        cells = [make_cell(source, group, row) for row in group.rows]
         table.append(
             {
                 "group": group,
-                "result": source.result(group.eval),
-                "command": source.command("eval", group.eval),
                 "cells": [cell for cell in cells if cell.number is not None or not skip_missing],
             }
         )
     return table
 
 
-def _make_cell(source: RunSource, group: NumberGroup, row: NumberRow) -> Cell:
+def make_cell(source: RunSource, group: NumberGroup, row: NumberRow) -> Cell:
+    """Return a row's number in a run, as text, with what it is compared with."""
     number = source.number(group.eval, row.key)
     compare = row.compare if isinstance(row.compare, str) else row.compare(source)
     if number is None:
@@ -131,6 +132,7 @@ def describe_settings(source: RunSource, groups: Iterable[NumberGroup]) -> list[
         entry = next((entry for entry in entries if entry["facts"] == facts), None)
         if entry is None:
             entry = {"titles": [], "facts": facts, "notes": [], "options": {}}
+            entry["sentence"] = _describe_setting(source, result)
             entries.append(entry)
         entry["titles"].append(group.title)
         entry["options"][group.eval] = _set_options(result)
@@ -138,11 +140,33 @@ def describe_settings(source: RunSource, groups: Iterable[NumberGroup]) -> list[
     return [
         {
             "titles": entry["titles"],
+            "sentence": entry["sentence"],
             "facts": entry["facts"] | _format_options(entry["options"]),
             "notes": entry["notes"],
         }
         for entry in entries
     ]
+
+
+def _describe_setting(source: RunSource, result: dict[str, Any]) -> str:
+    """Return the amount of text or of tasks that a result is of, and the checkpoint."""
+    tokens, documents, tasks = (
+        result.get(f"n_{name}") for name in ("tokens", "documents", "tasks")
+    )
+    parts = []
+    if tokens is not None:
+        of = f" from {format_plain(documents)} documents" if documents is not None else ""
+        parts.append(f"{format_plain(tokens)} tokens{of}")
+    if tasks is not None:
+        suite = result.get("suite")
+        parts.append(
+            f"{format_plain(tasks)} tasks"
+            + (f" of the suite {format_plain(suite)}" if suite else "")
+        )
+    step = _describe_step(source, result.get("checkpoint"))
+    if step:
+        parts.append(f"the checkpoint of {step}")
+    return "; ".join(parts)
 
 
 def _format_options(options: dict[str, dict[str, Any]]) -> dict[str, str]:

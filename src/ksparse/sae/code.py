@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ksparse import html
+from ksparse import display, html
 from ksparse.errors import InputError
 from ksparse.sae.normalization import Normalized
 
@@ -87,12 +86,6 @@ class Code(NamedTuple):
         Raises:
             InputError: pandas is not installed.
         """
-        try:
-            pandas = import_module("pandas")
-        except ImportError:
-            raise InputError(
-                "to_frame makes a pandas DataFrame, and pandas is not installed: pip install pandas"
-            ) from None
         values, indices = (
             part.detach().reshape(-1, part.shape[-1]).cpu() for part in (self.values, self.indices)
         )
@@ -108,7 +101,7 @@ class Code(NamedTuple):
                 "document": documents.cpu()[row].numpy(),
                 "token": [tokens[i] for i in row.tolist()],
             }
-        return pandas.DataFrame(columns)
+        return display.to_frame(columns)
 
     def __repr__(self) -> str:
         lead = " × ".join(f"{size:,}" for size in self.values.shape[:-1]) or "1"

@@ -70,6 +70,7 @@ POLICY: dict[str, jsonio.Types] = {
     "keep": str,
     "split": str,
     "tokens_per_document": (int, type(None)),
+    "shuffle_tokens": bool,
 }
 """The keys of `metadata.policy`, as `Corpus.policy` writes them."""
 
@@ -389,5 +390,5 @@ def download(repository: str, revision: str | None, patterns: Sequence[str]) -> 
         raise InputError(
             f"{repository if len(repository) <= 200 else repository[:80] + '…'} is neither a "
             f"folder here nor a Hub repository "
-            f"that can be reached ({type(error).__name__}: {reason})"
+            f"that can be reached ({type(error).__name__}: {reason}){hub.absence(repository)}"
         ) from None

@@ -4,7 +4,7 @@
 |---|---|
 | attachment | `attach` puts an SAE into the forward pass; `steer` clamps or scales latents |
 | calls | which positions of a call an SAE may change, also during `generate` with a cache |
-| attribution | `attribute`: activation × gradient (Gao et al. 2024, appendix E.3) |
+| attribution | `attribute`, `attribute_choice`: activation × gradient (Gao et al. 2024, E.3) |
 | comparison | `continue_text` and `compare`: continuations with and without steering |
 
 By default the SAE's reconstruction error is kept: x' = x + scale · W_decᵀ change. Only the change
@@ -26,8 +26,10 @@ from ksparse.steering.attachment import (
     sum_changes,
 )
 from ksparse.steering.attribution import (
+    Attribution,
     Metric,
     attribute,
+    attribute_choice,
     attribute_positions,
     logit_difference,
     token_id,
@@ -35,6 +37,7 @@ from ksparse.steering.attribution import (
 from ksparse.steering.comparison import Comparison, Continuation, compare, continue_text
 
 __all__ = [
+    "Attribution",
     "Change",
     "Comparison",
     "Continuation",
@@ -44,6 +47,7 @@ __all__ = [
     "acts_at",
     "attach",
     "attribute",
+    "attribute_choice",
     "attribute_positions",
     "check_latents",
     "clamped",

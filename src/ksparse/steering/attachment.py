@@ -32,16 +32,33 @@ Change = Callable[[Code], Code]
 latents [..., m]."""
 
 
-def load_lm(sae: SAE, device: str = "auto") -> LM:
+def load_lm(sae: SAE, device: str = "auto", *, name: str = "") -> LM:
     """Load the LM that an SAE was trained on, at the SAE's site and with its contexts.
+
+    Args:
+        sae: The autoencoder.
+        device: Where the LM runs.
+        name: A Hub name or a folder in place of the LM that the SAE's metadata names.
+            `provenance.check` says whether it may be another LM.
 
     Raises:
         InputError: The SAE's metadata does not name its LM, or not its site.
     """
+    device = resolve_device(device)
     trained = provenance.trained_on(sae.metadata)
+    if name:
+        if name != trained.get("lm"):
+            trained.pop("revision", None)  # of the other LM
+        trained["lm"] = name
+        if not trained.get("site"):
+            raise InputError(
+                f"this SAE does not say at which site it was trained; give {name} with one: "
+                f"ksparse.LM({name!r}, site=…)"
+            )
     if sae.metadata.get("origin") and trained.get("lm") and trained.get("site"):
-        return LM(acts=ActsConfig(**trained), device=resolve_device(device))
-    return LM(acts=serialization.acts_of(sae.metadata), device=resolve_device(device))
+        return LM(acts=ActsConfig(**trained), device=device)
+    own = {"acts": trained} if name else sae.metadata
+    return LM(acts=serialization.acts_of(own), device=device)
 
 
 class Tap:

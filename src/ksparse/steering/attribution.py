@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ksparse import display, html
 from ksparse.errors import InputError
 from ksparse.lm import provenance
 from ksparse.lm.hooks import hooked
@@ -80,6 +83,122 @@ def attribute_positions(lm: LM, sae: SAE, prompt: str, metric: Metric) -> Code:
         )
         keep = calls.positions_to_change(raw)[0][:, None]
         return Code(code.values * slopes * keep, code.indices)
+
+
+@dataclass(frozen=True, repr=False)
+class Attribution:
+    """What each latent adds to an LM's preference after a prompt, to first order.
+
+    Attributes:
+        question: what is explained, in words.
+        value: the metric itself.
+        tokens: the tokens of the prompt, BOS first where the LM has one.
+        code: [t, k] what the active latents of each token add.
+    """
+
+    question: str
+    value: float
+    tokens: list[str]
+    code: Code
+
+    def effects(self) -> dict[int, float]:
+        """Return what each active latent adds over all tokens, the largest effect first."""
+        sums: dict[int, float] = {}
+        for latent, value in zip(*(part.flatten().tolist() for part in reversed(self.code))):
+            sums[latent] = sums.get(latent, 0.0) + value
+        found = {latent: value for latent, value in sums.items() if value}
+        return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
+
+    def table(self, most: int = 8) -> display.Table:
+        """Return the latents of the largest effect, each with the token where it is largest."""
+        rows = []
+        for latent, effect in list(self.effects().items())[:most]:
+            by_token = (self.code.values * (self.code.indices == latent)).sum(-1)
+            at = int(by_token.abs().argmax())
+            rows.append((str(latent), f"{effect:+.3f}", f"{self.tokens[at]!r} ({at})"))
+        notes = ["To first order: activation x gradient, with the SAE's error kept."]
+        return display.Table(self.question, ("latent", "effect", "most at token"), rows, notes)
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame: row, token, latent, effect, of each active latent.
+
+        Raises:
+            InputError: if pandas is not installed.
+        """
+        rows = [
+            {"row": row, "token": token, "latent": latent, "effect": value}
+            for row, token in enumerate(self.tokens)
+            for latent, value in zip(
+                self.code.indices[row].tolist(), self.code.values[row].tolist()
+            )
+            if value
+        ]
+        return display.to_frame(rows)
+
+    def __repr__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        most = float(self.code.values.abs().max()) or 1.0
+        marks = []
+        for values, indices in zip(self.code.values.tolist(), self.code.indices.tolist()):
+            pairs = sorted(((v, i) for v, i in zip(values, indices) if v), key=lambda p: -abs(p[0]))
+            note = ", ".join(f"latent {i}: {v:+.3f}" for v, i in pairs[:3])
+            mark = (pairs[0][1], abs(pairs[0][0]) / most, note) if pairs else (-1, 0.0, "")
+            marks.append(mark)
+        return self.table().html() + html.tokens(self.tokens, marks)
+
+
+def attribute_choice(
+    lm: LM,
+    sae: SAE,
+    prompt: str,
+    toward: str | Sequence[str],
+    away: str | Sequence[str] = (),
+    *,
+    force: bool = False,
+) -> Attribution:
+    """Estimate how much each latent adds to the LM's choice of the token after a prompt.
+
+    Args:
+        lm: The LM, at the SAE's site.
+        sae: The autoencoder, on the LM's device.
+        prompt: The text.
+        toward: A token, or several, whose mean logit is explained; with its leading space.
+        away: A token, or several, whose mean logit is subtracted; that of the whole vocabulary if
+            empty.
+        force: Allow an LM or site that the SAE was not trained on.
+
+    Returns:
+        The effect of each latent and token on the difference of logits; a notebook shows a table
+        and the prompt's tokens, coloured by the latent of the largest effect.
+
+    Raises:
+        InputError: As `attribute` and `logit_difference`.
+
+    Example:
+        >>> import ksparse
+        >>> from ksparse import steering
+        >>> sae = ksparse.load("runs/demo")
+        >>> found = steering.attribute_choice(sae.lm(), sae, "import os", " as", ".")
+        >>> len(found.tokens), found.code.values.shape[0]
+        (3, 3)
+    """
+    provenance.check(sae.metadata, lm, force=force)
+    plus, minus = ([words] if isinstance(words, str) else list(words) for words in (toward, away))
+    metric, values = logit_difference(lm, plus, minus), []
+
+    def watched(logits: Tensor) -> Tensor:
+        values.append(metric(logits))
+        return values[0]
+
+    code = attribute_positions(lm, sae, prompt, watched)
+    code = Code(*(part.cpu() for part in code))
+    ids = lm.tokenize(prompt)[0].tolist()
+    instead = " or ".join(map(repr, minus)) or "the mean of all tokens"
+    value = float(values[0].detach())
+    question = f"{' or '.join(map(repr, plus))} over {instead}: logits differ by {value:+.3f}"
+    return Attribution(question, value, token_strings(lm.tokenizer, ids), code)
 
 
 def logit_difference(lm: LM, toward: Sequence[str], away: Sequence[str] = ()) -> Metric:

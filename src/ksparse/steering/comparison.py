@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ksparse import display, html
 from ksparse.errors import InputError
 from ksparse.lm import provenance
 from ksparse.lm.model import LM
+from ksparse.lm.tokens import token_strings
 from ksparse.sae.model import SAE
 from ksparse.steering.attachment import Unit, steer
 
+_CHANGED = 3
+"""The latent whose colour marks tokens that steering changes: amber."""
 _COLDEST = 1e-3
 """The lowest temperature of sampling: logits are divided by it in float32."""
 
@@ -27,6 +32,16 @@ class Continuation(NamedTuple):
     tokens: list[int]
     log_probs: Tensor
     """[v] log-probabilities of the first token after the prompt."""
+    prompt: str = ""
+    tokenizer: Any = None
+
+    @property
+    def strings(self) -> list[str]:
+        """The text of each token of the continuation."""
+        return token_strings(self.tokenizer, self.tokens)
+
+    def __repr__(self) -> str:
+        return f"Continuation({self.prompt + self.text!r})"
 
 
 class Comparison(NamedTuple):
@@ -47,6 +62,29 @@ class Comparison(NamedTuple):
         before, after = self.before.log_probs.exp(), self.after.log_probs.exp()
         order = (after - before).abs().argsort(descending=True, stable=True)[:most]
         return [(int(i), float(before[i]), float(after[i])) for i in order]
+
+    def table(self, most: int = 6) -> display.Table:
+        """Return the next tokens whose probability changes most, as a table."""
+        rows = self.moved(most)
+        words = token_strings(self.before.tokenizer, [token for token, _, _ in rows])
+        cells = [
+            (repr(word), f"{old:.4f}", f"{new:.4f}") for word, (_, old, new) in zip(words, rows)
+        ]
+        title = f"Next token: KL {self.kl:.4f} nats"
+        return display.Table(title, ("token", "before", "steered"), cells)
+
+    def __repr__(self) -> str:
+        texts = [f"{self.before.prompt}{side.text}" for side in self[:2]]
+        return f"before:\n{texts[0]}\n\nsteered:\n{texts[1]}\n\n{self.table()}"
+
+    def _repr_html_(self) -> str:
+        shown = []
+        for name, side in (("Before", self.before), ("Steered", self.after)):
+            pairs = zip_longest(side.tokens, self.before.tokens[: len(side.tokens)])
+            marks = [(_CHANGED, float(a != b), "" if a == b else "changed") for a, b in pairs]
+            text = html.tokens([side.prompt, *side.strings], [(-1, 0.0, "the prompt"), *marks])
+            shown.append(f"<div><strong>{name}</strong></div>{text}")
+        return "".join(shown) + self.table().html()
 
 
 def compare(
@@ -80,9 +118,21 @@ def compare(
         largest: As in `steer`.
         force: Allow an LM or site that the SAE was not trained on.
 
+    Returns:
+        Both continuations. A notebook shows them, those tokens marked that differ from the
+        unchanged ones place by place, and the next tokens whose probability changes most.
+
     Raises:
         InputError: The LM or its site is not the one the SAE was trained on; and whatever `steer`
             and `continue_text` raise.
+
+    Example:
+        >>> import ksparse
+        >>> from ksparse import steering
+        >>> sae = ksparse.load("runs/demo")
+        >>> found = steering.compare(sae.lm(), sae, "import os", {3: 0.0}, tokens=2)
+        >>> len(found.before.tokens), found.kl >= 0
+        (2, True)
     """
     provenance.check(sae.metadata, lm, force=force)
     before = continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed)
@@ -154,7 +204,7 @@ def continue_text(
         for tokens_ in (prompt_ids + new, prompt_ids)
     )
     log_probs = output.logits[0][0].float().log_softmax(-1).cpu()
-    return Continuation(text[len(before) :], new, log_probs)
+    return Continuation(text[len(before) :], new, log_probs, prompt, lm.tokenizer)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def is_plainly_local(name: str) -> bool:
     """Return whether a name is that of a file or folder here, whether or not that exists.
 
     It is if it begins like a path, ends like a file, begins with a folder that ksparse writes to,
-    or lies in a folder that exists.
+    or lies in a folder that exists and is not of the form OWNER/NAME.
 
     Example:
         >>> [is_plainly_local(name) for name in ("./gpt2", "runs/mine", "my.txt", "owner/name")]
@@ -40,8 +40,18 @@ def is_plainly_local(name: str) -> bool:
         name.startswith((".", "/", "~"))
         or "\\" in name
         or name.lower().endswith(_ENDINGS)
-        or (slash and (first in _OURS or atomic.exists(Path(name).parent)))
+        or (slash and first in _OURS)
+        or (slash and not _NAME.fullmatch(name) and atomic.exists(Path(name).parent))
     )
+
+
+def absence(name: str) -> str:
+    """Return what a message on a missing Hub repository adds where its owner has the name of a
+    folder here, so that a path may have been meant; "" otherwise."""
+    folder = Path(name).parent
+    if folder == Path() or not atomic.exists(folder) or atomic.exists(Path(name)):
+        return ""
+    return f"; nor is it here: the folder {folder} has no {Path(name).name!r}"
 
 
 def check_not_missing(name: str, what: str, instead: str, *, more_parts: bool = False) -> None:
@@ -96,5 +106,5 @@ def check_reachable(name: str, what: str, instead: str) -> None:
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise InputError(
             f"{what} {name!r} is not on this machine, and the Hub, {constants.ENDPOINT}, cannot be "
-            f"reached ({type(error).__name__}: {reason}); give {instead}"
+            f"reached ({type(error).__name__}: {reason}){absence(name)}; give {instead}"
         ) from None

@@ -6,6 +6,7 @@
     read_numbered    a table with a format number and a closed list of keys
     read_strings     a list of strings
     read_lines       JSON lines; damaged ones are left out with a warning
+    read_last_line   the last of them, from the file's end alone
 
 NaN and infinity are refused, in writing and in reading.
 """
@@ -16,6 +17,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from ksparse.storage.atomic import read_errors, write_text
 log = logging.getLogger("ksparse")
 SEAL = "checksum"
 """Key that holds the checksum of a sealed table."""
+_TAIL = 1 << 16  # bytes from the end that are read for the last line
 Types = type | tuple[type, ...]
 
 
@@ -225,6 +228,29 @@ def read_lines(path: Path, **keys: Types) -> list[dict[str, Any]]:
             damaged[0],
         )
     return rows
+
+
+def read_last_line(path: Path) -> dict[str, Any]:
+    """Read the last whole table of a file of JSON lines, from the file's end alone; {} if there is
+    none within its last 64 KiB.
+
+    Example:
+        >>> from pathlib import Path
+        >>> read_last_line(Path("runs/demo/metrics.jsonl"))["step"]
+        8
+    """
+    with read_errors(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            row = parse(line.decode("utf-8"), path)
+        except (CorruptError, UnicodeDecodeError):  # cut by a kill, or by where the tail begins
+            continue
+        if isinstance(row, dict):
+            return row
+    return {}
 
 
 def parse(text: str, path: Path) -> Any:

@@ -186,12 +186,12 @@ class RunFolder:
             evals = sorted(
                 file.stem for file in self.file("evals").glob("*.json") if file.stem != "vocabulary"
             )
-            rows = self.metrics()
+            trained = self.metrics_file.is_file() and jsonio.read_last_line(self.metrics_file)
             words = {
                 "LM": f"{subject.acts.lm} at {subject.acts.site}",
                 "latents": subject.n_latents,
                 "k": subject.k,
-                "tokens": rows[-1].get("tokens") if rows else None,
+                "tokens": trained.get("tokens") if trained else None,
                 "checkpoints": len(self.checkpoints()) or None,
                 "results": ", ".join(evals) or None,
             }

@@ -5,6 +5,7 @@
     gaussian    what is learnt beyond mean and covariance: error against n, beside Gaussian data
     paper       which claims of the paper hold, on one LM: a page with a figure for each
     recipe      what each part of the recipe contributes: dead latents and error along training
+    sanity      whether a run is better than an artefact: beside controls on its own stream
 
 `run(name, options)` fills a folder with runs/MEMBER (ordinary run folders) and study.json (options,
 each member's numbers, figures as data, findings), which the report draws. An interrupted study
@@ -20,7 +21,7 @@ from typing import Any
 from ksparse.config.evaluation import StudyConfig
 from ksparse.errors import unknown
 from ksparse.progress import Progress, no_progress, observed
-from ksparse.studies import ablations, baselines, gaussian, paper, sites
+from ksparse.studies import ablations, baselines, gaussian, paper, sanity, sites
 from ksparse.studies.study import Study
 
 STUDIES: dict[str, Callable[[Study], dict[str, Any]]] = {
@@ -29,6 +30,7 @@ STUDIES: dict[str, Callable[[Study], dict[str, Any]]] = {
     "gaussian": gaussian.run,
     "paper": paper.run,
     "recipe": ablations.run,
+    "sanity": sanity.run,
 }
 
 

@@ -92,7 +92,7 @@ class Study:
 
     def __init__(self, name: str, options: StudyConfig):
         self.name, self.options = name, options
-        self.path = Path(options.out or f"studies/{name}")
+        self.path = Path(options.out or default_folder(name, options))
         self.began, self.earlier = time.monotonic(), self._seconds_before()
         base = _read_base(options)
         self.acts = dataclasses.replace(
@@ -266,6 +266,12 @@ class Study:
         )
 
 
+def default_folder(name: str, options: StudyConfig) -> str:
+    """Return where a study is kept unless `out` says otherwise: one of a run's controls beside the
+    run's own results."""
+    return f"{options.run}/sanity" if name == "sanity" and options.run else f"studies/{name}"
+
+
 def command(name: str, options: StudyConfig) -> str:
     """Return the command that runs a study.
 
@@ -273,12 +279,17 @@ def command(name: str, options: StudyConfig) -> str:
         >>> from ksparse.config.evaluation import StudyConfig
         >>> command("paper", StudyConfig(recipe="r.toml", seeds=3))
         'ksparse study paper r.toml --seeds 3'
+        >>> command("sanity", StudyConfig(run="runs/demo", controls=("seeds", "sweep_n")))
+        'ksparse sanity runs/demo --controls seeds sweep_n'
     """
-    words = ["ksparse", "study", name, *([options.recipe] if options.recipe else [])]
+    verb = ["sanity", options.run] if name == "sanity" else ["study", name]
+    words = ["ksparse", *verb, *([options.recipe] if options.recipe else [])]
+    left_out = {"recipe", "run"} if name == "sanity" else {"recipe"}
     for option in dataclasses.fields(options):
         value = getattr(options, option.name)
-        if option.name != "recipe" and value != option.default:
-            words += [f"--{option.name.replace('_', '-')}", str(value)]
+        if option.name not in left_out and value != option.default:
+            values = value if isinstance(value, tuple) else [value]
+            words += [f"--{option.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)
 
 

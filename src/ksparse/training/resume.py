@@ -4,11 +4,11 @@ What must hold: a run that is stopped or killed at any moment and started again 
 ends with the same bits as a run that never stopped: weights, optimizer state, metrics and curve.
 
 What is saved. A checkpoint (`checkpoint.py`) holds the raw weights, Adam's moments, the average of
-the weights, the tokens since each latent fired, and the `TrainState`: step, tokens, constants, and
-the stream's cursor. There is no random state: nothing is drawn after initialization but by
-resampling, whose seed is the recipe's and the number of the update. Not saved, and computed again:
-the list of dead latents, the monitor's medians (from metrics.jsonl), the shuffle buffer (from the
-cursor).
+the weights, the start values of a decoder that is held near them, the tokens since each latent
+fired, and the `TrainState`: step, tokens, constants, and the stream's cursor. There is no random
+state: nothing is drawn after initialization but by resampling, whose seed is the recipe's and the
+number of the update. Not saved, and computed again: the list of dead latents, the monitor's medians
+(from metrics.jsonl), the shuffle buffer (from the cursor).
 
 When, and by whom. `train.train_many` lets each trainer save when its checkpoint is due
 (`run.save_every` or `run.save_minutes`), on SIGINT, SIGTERM and SIGHUP, and after the last step;
@@ -187,6 +187,8 @@ def _tensor_shapes(stored: CheckedTensors, optimizer: AutogradStep) -> dict[str,
         for key in sae.activation.followed
         if f"average.{key}" in stored
     }
+    if optimizer.start is not None:
+        shapes["start.W_dec"] = shapes["raw.W_dec"]
     for key in sae.state_dict():
         shape = shapes[f"raw.{key}"]
         moments = {f"exp_avg.{key}": shape, f"exp_avg_sq.{key}": shape, f"step.{key}": ()}

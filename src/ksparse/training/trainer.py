@@ -33,7 +33,7 @@ from ksparse.sae.losses import Losses
 from ksparse.sae.model import SAE, Shape
 from ksparse.sae.sharded import ShardedSAE, shard_of
 from ksparse.storage.run_folder import RunFolder
-from ksparse.training import checkpoint, convergence
+from ksparse.training import checkpoint, convergence, warm_start
 from ksparse.training.checkpoint import TrainState
 from ksparse.training.loggers import open_loggers
 from ksparse.training.monitor import Monitor
@@ -107,6 +107,8 @@ class SAETrainer:
         """
         state, recipe = self.state, self.recipe
         state.step += 1
+        if recipe.sae.k_start:
+            self.optimizer.set_k(recipe.sae.k_at(state.step, recipe.steps))
         losses, grad_norm = train_step(self.optimizer, x, state, recipe, self.dead)
         if not math.isfinite(grad_norm):
             self._leave_out(batch)
@@ -158,7 +160,8 @@ class SAETrainer:
         state = self.state
         for alarm in self.monitor.see(state.step, state.tokens, grad_norm, dead):
             log.warning(
-                "step %s: %s%s",
+                "%s, step %s: %s%s",
+                self.run.path,
                 f"{state.step:,}",
                 alarm["says"],
                 f" ({alarm['kept_back']:,} more such steps since the last warning)"
@@ -255,7 +258,7 @@ def start(
     shape = Shape(
         source.stream.d_model,
         recipe.sae.n_latents,
-        recipe.sae.k,
+        recipe.sae.k_at(1, recipe.steps),
         recipe.acts.normalize,
         calibration.factor,
         recipe.sae.activation.kind,
@@ -274,6 +277,13 @@ def start(
         sae = sae.to(source.device)
     sample, b_pre = calibration.x.to(sae.W_enc.device), source.center(recipe.sae.b_pre_init)
     initialize_(sae, sample, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=b_pre)
+    since = torch.zeros(recipe.sae.n_latents, dtype=torch.long, device=source.device)
+    if recipe.sae.start:
+        sae.metadata["start"] = parent = warm_start.begin_from_(sae, recipe.sae, sample)
+        if recipe.sae.uses_auxk:  # what the parent lacks is revived at once
+            since[parent["n_latents"] :] = recipe.dead_after
+    if mesh.latent > 1:
+        since = since[mesh.latent_range(recipe.sae.n_latents)].clone()
     sae = shard_of(sae, mesh, recipe.mesh.capacity).to(source.device)
     log.info(
         "learning rate %.2g (%s); latents are dead after %s tokens",
@@ -282,7 +292,7 @@ def start(
         f"{recipe.dead_after:,}",
     )
     state = TrainState(
-        since=torch.zeros(sae.shape.n_latents, dtype=torch.long, device=source.device),
+        since=since,
         baseline=calibration.baseline,
         mesh=[mesh.data, mesh.latent],
     )

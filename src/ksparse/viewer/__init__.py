@@ -7,8 +7,12 @@ resources    a run's files -> resources: JSON objects, small however many latent
 run_data     what all resources need of the files
 columns      a number of every latent, for tables and maps
 details      everything on a block of latents
+start        the start page: latents worth a look, example searches, what to run next
 index        from tokens and tasks to latents
-weights      the decoder -> nearest latents, and a plane to draw all latents on
+weights      the decoder -> nearest latents
+layouts      the decoder -> a place of every latent in two dimensions
+regions      the dense regions of a layout, and their tokens
+maps         layouts and regions -> the map's resources
 labels       names and stars that a reader gives, stored beside the run
 static_site  resources -> a folder of files
 server       resources -> HTTP, on this machine only            (needs the extra `serve`)
@@ -59,6 +63,24 @@ def export(
     return static_site.write(run, folder, observe=observe)
 
 
+def lay_out(run: RunFolder, *, observe: Progress = no_progress) -> bool:
+    """Lay a run's latents out by UMAP, for the map, and keep the layout in the run's folder.
+
+    Args:
+        run: the run.
+        observe: called as the work gets on.
+
+    Returns:
+        False if the folder has that layout already.
+
+    Raises:
+        InputError: umap-learn is not installed, the run has no SAE yet, or too few latents fire.
+    """
+    from ksparse.viewer import maps
+
+    return maps.lay_out(run, observe=observe)
+
+
 def listen(port: int) -> socket.socket:
     """Return a socket bound to 127.0.0.1.
 
@@ -98,4 +120,4 @@ def serve(
     server.serve(runs, listener, token, trust_remote_code=trust_remote_code)
 
 
-__all__ = ["export", "listen", "serve"]
+__all__ = ["export", "lay_out", "listen", "serve"]

@@ -1,4 +1,4 @@
-"""Columns: a number of every latent, by which tables are sorted and maps drawn."""
+"""Columns: a number of every latent, by which tables are sorted and plots drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from ksparse.errors import CorruptError
 from ksparse.viewer.run_data import RunData, number
-from ksparse.viewer.weights import Decoder
 
 ROWS = 50
 """Rows on one page of the table."""
@@ -26,8 +25,9 @@ class Column:
         label: its heading.
         kind: how to write it, "percent" or "number".
         reading: what it is; {text} stands for the text that the evaluation is of.
-        eval: the evaluation that measures it; "" if it comes from the decoder.
+        eval: the evaluation that measures it.
         array: its name among the evaluation's arrays.
+        unit: its unit, for the axes of plots; "" if it has none.
     """
 
     key: str
@@ -36,6 +36,7 @@ class Column:
     reading: str
     eval: str
     array: str
+    unit: str = ""
 
 
 COLUMNS = (
@@ -46,9 +47,12 @@ COLUMNS = (
         "Share of tokens on which it fires, on {text}",
         "stats",
         "density",
+        "of tokens",
     ),
-    Column("mean_act", "Mean", "number", "Mean value where it fires", "stats", "mean_act"),
-    Column("max_act", "Max", "number", "Largest value on {text}", "stats", "max_act"),
+    Column(
+        "mean_act", "Mean", "number", "Mean value where it fires", "stats", "mean_act", "activation"
+    ),
+    Column("max_act", "Max", "number", "Largest value on {text}", "stats", "max_act", "activation"),
     Column(
         "cosine",
         "Enc–dec",
@@ -67,6 +71,7 @@ COLUMNS = (
         "Share of the patterns’ predictions at which it fires",
         "n2g",
         "precision",
+        "of predictions",
     ),
     Column(
         "recall",
@@ -75,6 +80,7 @@ COLUMNS = (
         "Share of its activations that the patterns catch",
         "n2g",
         "recall",
+        "of activations",
     ),
     Column(
         "detection",
@@ -85,12 +91,37 @@ COLUMNS = (
         "detection",
     ),
     Column(
+        "found_in",
+        "In seeds",
+        "percent",
+        "Share of the other seeds with a partner of it, of decoder cosine 0.7 or more",
+        "stability",
+        "found_in",
+    ),
+    Column(
+        "nearest",
+        "Seed cosine",
+        "number",
+        "Largest decoder cosine with any latent of another seed, mean over the seeds",
+        "stability",
+        "nearest",
+    ),
+    Column(
+        "token_rate",
+        "By token",
+        "percent",
+        "Share of random contexts in which it fires if one of its favourite tokens is put there",
+        "token_driven",
+        "rate",
+    ),
+    Column(
         "effect",
         "Effect",
         "number",
         "KL in nats, summed over the next predictions, when it is ablated where it is strongest",
         "ablation",
         "kl",
+        "nats",
     ),
     Column(
         "sparsity",
@@ -99,6 +130,7 @@ COLUMNS = (
         "Share of the logits that change when it is ablated",
         "ablation",
         "sparsity",
+        "of logits",
     ),
     Column(
         "gain",
@@ -107,23 +139,15 @@ COLUMNS = (
         "Nats that it gains at its best probe task, on the training half",
         "probes",
         "best_gain",
+        "nats",
     ),
 )
-PLANE = (
-    Column(
-        "pca_1", "Decoder PC 1", "number", "First principal component of the decoder’s rows", "", ""
-    ),
-    Column(
-        "pca_2",
-        "Decoder PC 2",
-        "number",
-        "Second principal component of the decoder’s rows",
-        "",
-        "",
-    ),
-)
-"""Columns from the decoder."""
-LATENT_LISTS = {"explain": "latent", "n2g": "scored", "ablation": "latent"}
+LATENT_LISTS = {
+    "token_driven": "latent",
+    "explain": "latent",
+    "n2g": "scored",
+    "ablation": "latent",
+}
 """Evaluations of only some latents, and the array that lists these."""
 
 
@@ -132,25 +156,24 @@ class Columns:
 
     Args:
         data: the run's files.
-        decoder: the SAE's decoder.
     """
 
-    def __init__(self, data: RunData, decoder: Decoder):
-        self.data, self.decoder = data, decoder
-        self.all = {column.key: column for column in COLUMNS if data.has(column.eval)}
-        if data.source.run.has_weights():
-            self.all |= {column.key: column for column in PLANE}
+    def __init__(self, data: RunData):
+        self.data = data
+        self.all = {
+            column.key: column
+            for column in COLUMNS
+            if data.has(column.eval) and (column.eval != "explain" or data.judged(column.key))
+        }
         self._read: dict[str, np.ndarray] = {}
 
     @property
     def measured(self) -> list[Column]:
         """The columns that come from evaluations."""
-        return [column for column in self.all.values() if column.eval]
+        return list(self.all.values())
 
     def values(self, key: str) -> np.ndarray:
         """Return a number of every latent, [n] as float32; NaN where there is none."""
-        if not self.all[key].eval:
-            return self.decoder.plane[:, [column.key for column in PLANE].index(key)]
         if key not in self._read:
             self._read[key] = self._read_values(self.all[key])
         return self._read[key]
@@ -169,14 +192,16 @@ class Columns:
                 "label": column.label,
                 "kind": column.kind,
                 "reading": column.reading.format(text=text),
+                "unit": column.unit,
             }
             for column in self.all.values()
         ]
 
     @cached_property
     def first_rows(self) -> dict[str, Any]:
-        """The top of the table in its first order: by effect, or else by density."""
-        key = next((key for key in ("effect", "density") if key in self.all), None)
+        """The top of the table in its first order: by largest value, or else by what there is."""
+        keys = ("max_act", "effect", "f1", "gain")
+        key = next((key for key in keys if key in self.all), None)
         values = self.values(key) if key else np.zeros(self.data.n)
         order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:ROWS]
         return {

@@ -19,6 +19,8 @@ PATTERNS = 12
 """Patterns shown of a latent at most."""
 BEFORE_EFFECT = 16
 """Tokens shown before the position of an ablation."""
+BEFORE_SHORT, AFTER_SHORT = 8, 4
+"""Tokens shown before and after the marked one of an example in a table."""
 
 
 class Details:
@@ -71,20 +73,11 @@ class Details:
         last: int,
         strings: Strings,
     ) -> None:
-        before, after = self._window
         for sample in ("top", "band", "random"):
             # Results with examples = 0, and old ones without bands, lack these arrays.
             if f"{sample}_context" not in stats.names:
                 continue
-            context, position, value, acts = (
-                stats.rows(f"{sample}_{name}", first, last)
-                for name in ("context", "position", "value", "acts")
-            )
-            if acts.shape[2:] != (before + 1 + after,):
-                raise CorruptError(
-                    f"{stats.file}: '{sample}_acts' has windows of {acts.shape[-1]} tokens, the "
-                    f"result says {before + 1 + after}; run the evaluation again"
-                )
+            context, position, value, acts = self._read_sample(stats, sample, first, last)
             for row, entry in enumerate(entries.values()):
                 columns = (context[row].tolist(), position[row].tolist(), value[row].tolist())
                 entry[sample] = [
@@ -92,6 +85,40 @@ class Details:
                     for place, (c, p, v, a) in enumerate(zip(*columns, acts[row]))
                     if c >= 0
                 ]
+
+    def _read_sample(self, stats: Arrays, sample: str, first: int, last: int) -> list[np.ndarray]:
+        """Return contexts, positions, values and windows of some latents' examples."""
+        before, after = self._window
+        names = ("context", "position", "value", "acts")
+        arrays = [stats.rows(f"{sample}_{name}", first, last) for name in names]
+        if arrays[-1].shape[2:] != (before + 1 + after,):
+            raise CorruptError(
+                f"{stats.file}: '{sample}_acts' has windows of {arrays[-1].shape[-1]} tokens, the "
+                f"result says {before + 1 + after}; run the evaluation again"
+            )
+        return arrays
+
+    def shortest(self, first: int, last: int) -> list[dict[str, Any] | None]:
+        """Return a few tokens around the strongest activation of latents `first` to `last - 1`.
+
+        None stands for a latent without examples.
+        """
+        stats = self.data.stats
+        if stats is None or "top_context" not in stats.names:
+            return [None] * (last - first)
+        examples: list[dict[str, Any] | None] = []
+        for contexts, positions, _, acts in zip(*self._read_sample(stats, "top", first, last)):
+            if not len(contexts) or contexts[0] < 0:
+                examples.append(None)
+                continue
+            strings = Strings(self.data.token)
+            reach = (BEFORE_SHORT, AFTER_SHORT)
+            example = self._make_example(
+                int(contexts[0]), int(positions[0]), acts[0], strings, reach
+            )
+            texts = [strings.listed[i] for i in example["t"]]
+            examples.append({"t": texts} | {key: example[key] for key in ("a", "at", "borders")})
+        return examples
 
     @cached_property
     def _window(self) -> tuple[int, int]:
@@ -103,17 +130,31 @@ class Details:
         return self.data.arrays("stats").tensor("contexts")
 
     def _make_example(
-        self, context: int, position: int, acts: np.ndarray, strings: Strings
+        self,
+        context: int,
+        position: int,
+        acts: np.ndarray,
+        strings: Strings,
+        reach: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
-        """Return tokens t, the latent's values a on them, and the place `at` of the chosen one."""
+        """Return tokens t, the latent's values a on them, and the place `at` of the chosen one.
+
+        Args:
+            context: the context.
+            position: the place of the chosen token in it.
+            acts: the latent's values on the whole window around it.
+            strings: takes the tokens.
+            reach: tokens before and after the chosen one that are shown; None shows the window.
+        """
         if context >= len(self._contexts):
             raise CorruptError(
                 f"{self.data.arrays('stats').file} has no context {context}; "
                 "run the evaluation again"
             )
-        before, after = self._window
+        before, _ = self._window
         tokens = self._contexts[context].tolist()
-        window = range(max(0, position - before), min(len(tokens), position + after + 1))
+        ahead, behind = map(min, reach or self._window, self._window)
+        window = range(max(0, position - ahead), min(len(tokens), position + behind + 1))
         places = self._cut_at_words([p for p in window if tokens[p] >= 0], tokens, position)
         return {
             "c": context,

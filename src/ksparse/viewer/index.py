@@ -89,6 +89,15 @@ class Index:
         token_ids = np.unique(self._by_token[0]).tolist()
         return {"numbers": token_ids, "strings": [self.data.token(i) for i in token_ids]}
 
+    def commonest_tokens(self, most: int = 200) -> list[int]:
+        """Return the tokens that hold the largest share of latents' activations, summed."""
+        if self.data.fires_on is None:
+            return []
+        token, share = (column.ravel() for column in self.data.fires_on)
+        total = np.bincount(token[token >= 0], weights=share[token >= 0])
+        order = np.argsort(-total, kind="stable")[:most]
+        return order[total[order] > 0].tolist()
+
     def latents_of(self, first: int, last: int) -> dict[str, Any]:
         """Return the latents that fire most on each of the tokens `first` to `last - 1`."""
         latents: dict[str, list[Any]] = {}

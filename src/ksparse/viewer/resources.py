@@ -1,8 +1,10 @@
 """Resources: a run's files as small JSON objects, of which a page loads those that it shows.
 
-overview      what the run is, what it lacks, the first rows of the table
-columns/KEY   a number of every latent, for sorting, filtering and the map
+overview      what the run is, what it lacks, latents worth a look, the first rows of the table
+columns/KEY   a number of every latent, for sorting, filtering and plots
+maps/LAYOUT   a place of every latent, and the dense regions
 glosses/I     a few words on each latent of a block
+examples/I    one short example of each latent of a block
 latents/I     everything on the latents of a block
 contexts/I    the whole texts of a block of contexts
 near/I        their nearest latents by decoder direction
@@ -27,11 +29,14 @@ from ksparse.storage.run_folder import RunFolder
 from ksparse.viewer.columns import Columns
 from ksparse.viewer.details import Details
 from ksparse.viewer.index import Index
+from ksparse.viewer.maps import Maps
 from ksparse.viewer.run_data import RunData, number
+from ksparse.viewer.start import Start
 from ksparse.viewer.weights import Decoder
 
-GLOSS_BLOCK, TOKEN_BLOCK, CONTEXT_BLOCK = 256, 512, 16
-"""Latents in a block of glosses; tokens in a block of the index; contexts in a block of texts."""
+GLOSS_BLOCK, EXAMPLE_BLOCK, TOKEN_BLOCK, CONTEXT_BLOCK = 256, 64, 512, 16
+"""Latents in a block of glosses and of examples; tokens in a block of the index; contexts in a
+block of texts."""
 ADDED_BY = {
     "stats": "density, values, histograms, text that each latent fires on, latents that fire "
     "together",
@@ -57,8 +62,10 @@ class Resources:
     def __init__(self, run: RunFolder, block: int):
         self.run, self.block, self.data, self.decoder = run, block, RunData(run), Decoder(run)
         self.n = self.data.n
-        self.columns, self.index = Columns(self.data, self.decoder), Index(self.data)
+        self.columns, self.index = Columns(self.data), Index(self.data)
         self.details = Details(self.data, self.columns, self.index)
+        self.maps = Maps(self.data, self.decoder)
+        self.start = Start(self.data, self.columns, self.index, self.details)
         self._single: dict[str, Callable[[], dict[str, Any]]] = {
             "overview": self.overview,
             "tasks": lambda: {"tasks": self.index.tasks},
@@ -67,6 +74,7 @@ class Resources:
         }
         self._blocks: dict[str, tuple[int, int, Callable[[int, int], dict[str, Any]]]] = {
             "glosses": (GLOSS_BLOCK, self.n, self.glosses),
+            "examples": (EXAMPLE_BLOCK, self.n, self.examples),
             "latents": (block, self.n, self.details.resource),
             "near": (block, self.n, self.near),
             "contexts": (CONTEXT_BLOCK, self.details.n_contexts, self.details.contexts),
@@ -81,6 +89,8 @@ class Resources:
         group, _, key = name.partition("/")
         if group == "columns":
             return self.columns.resource(key) if key in self.columns.all else None
+        if group == "maps":
+            return self.maps.resource(key)
         if group not in self._blocks or not re.fullmatch("0|[1-9][0-9]{0,11}", key):
             return None
         size, total, make = self._blocks[group]
@@ -91,11 +101,13 @@ class Resources:
         """Yield the name of every resource."""
         yield from self._single
         yield from (f"columns/{key}" for key in self.columns.all)
+        yield from (f"maps/{name}" for name in self.maps.names())
         for group, (size, total, _) in self._blocks.items():
             yield from (f"{group}/{i}" for i in range(-(-total // size)))
 
     def overview(self) -> dict[str, Any]:
-        """Return what the run is, what it lacks, and the first rows of the table."""
+        """Return what the run is, what it lacks, what is worth a look, and the table's top."""
+        lacks, first = self.list_missing(), self.columns.first_rows
         source, subject = self.data.source, self.data.source.subject
         return {
             "name": safe_text(self.run.name),
@@ -107,12 +119,22 @@ class Resources:
             "text": self.data.text,
             "block": self.block,
             "gloss_block": GLOSS_BLOCK,
+            "example_block": EXAMPLE_BLOCK,
             "token_block": TOKEN_BLOCK,
             "context_block": CONTEXT_BLOCK,
             "columns": self.columns.describe(),
-            "lacks": self.list_missing(),
+            "lacks": lacks,
+            "missing": self.start.describe_missing(lacks),
+            "commands": {
+                "more_text": self.start.command_for_more_text(),
+                "examples": safe_text(source.command("eval", "stats", "--examples", "8")),
+            },
             "serve": safe_text(source.command("view")),
-            "first": self.columns.first_rows,
+            "queries": self.start.queries,
+            "worth": self.start.worth_a_look,
+            "first": first
+            | {"examples": [self.details.shortest(i, i + 1)[0] for i in first["latents"]]},
+            "maps": self.maps.names(),
             "has": {
                 "tasks": source.result("probes") is not None,
                 "tokens": self.data.fires_on is not None,
@@ -130,6 +152,7 @@ class Resources:
         source = self.data.source
         return [
             {
+                "name": name,
                 "adds": f"{what} (its result is damaged and left out)"
                 if name in source.left_out
                 else what,
@@ -144,6 +167,10 @@ class Resources:
             "glosses": [self.data.gloss(i) for i in range(first, last)],
             "raises": [self.data.raised(i) for i in range(first, last)],
         }
+
+    def examples(self, first: int, last: int) -> dict[str, Any]:
+        """Return a short example of each of latents `first` to `last - 1`."""
+        return {"examples": self.details.shortest(first, last)}
 
     def near(self, first: int, last: int) -> dict[str, Any]:
         """Return the nearest latents of `first` to `last - 1` by decoder direction."""

@@ -90,12 +90,16 @@ class RunData:
 
     @cached_property
     def explained(self) -> dict[str, dict[str, Any]]:
-        """Explanations in words by latent, each with its scores; made safe to look at."""
+        """Explanations in words by latent, each with its scores; made safe to look at.
+
+        A score by which the judge cannot tell latents apart is left out.
+        """
         rows = (self.source.result("explain") or {}).get("latents")
+        scores = [score for score in ("detection", "fuzzing") if self.judged(score)]
         return {
             str(row["latent"]): {
                 "text": safe_text(row["explanation"]),
-                **{key: number(_score(row, key)) for key in ("detection", "fuzzing")},
+                **{score: number(_score(row, score)) for score in scores},
             }
             for row in (rows if isinstance(rows, list) else ())
             if isinstance(row, dict)
@@ -118,6 +122,11 @@ class RunData:
             contexts = self.stats.tensor("contexts")[:EXAMPLE_CONTEXTS]
             found = find_beginning(contexts, ends, vocabulary)
         return found or "Once upon a time, there was a"
+
+    def judged(self, score: str) -> bool:
+        """Return whether a score of explanations may rank latents: "detection" or "fuzzing"."""
+        judged = (self.source.result("explain") or {}).get("tells_apart")
+        return not isinstance(judged, dict) or judged.get(score) is not False
 
     def gloss(self, latent: int) -> list[list[Any]]:
         """Return [token, share] of the tokens that a latent fires on most."""

@@ -29,7 +29,8 @@ class FreshResources:
 
     def current(self) -> Resources:
         """Return the resources of the files as they are now."""
-        files = sorted([*(self.run.path / "evals").glob("*.*"), *self.run.checkpoints()])
+        results, maps = (self.run.path / "evals").glob("*.*"), self.run.path.glob("map-*.json")
+        files = sorted([*results, *maps, *self.run.checkpoints()])
         stamp = [(file.name, file.stat().st_mtime_ns) for file in files if file.exists()]
         with self._lock:
             if self._cached is None or stamp != self._cached[0]:

@@ -256,7 +256,7 @@ def _report(run: RunFolder) -> Response | None:
     if not atomic.inside(run.path, run.report_file.name).is_file():
         return None
     return Response(
-        run.report_file.read_bytes(),
+        static_site.report_page(run),
         media_type="text/html; charset=utf-8",
         headers={"Content-Security-Policy": REPORT_POLICY},
     )

@@ -41,7 +41,20 @@ MARKER, PAGE, REPORT = "ksparse-site.json", "index.html", "report.html"
 WORK = ".tmp-ksparse-site"
 """Where new pages are made: in the site's own folder, since a rename needs the same disk."""
 SCRIPTS = (
-    *("base.js", "runs.js", "latent.js", "table.js", "map.js", "search.js", "steer.js", "live.js"),
+    "base.js",
+    "notices.js",
+    "columns.js",
+    "start.js",
+    "suggest.js",
+    "runs.js",
+    "latent.js",
+    "table.js",
+    "points.js",
+    "map.js",
+    "scatter.js",
+    "search.js",
+    "steer.js",
+    "live.js",
     "main.js",
 )
 STYLE = "style.css"
@@ -221,7 +234,7 @@ def _write_pages(work: Path, run: RunFolder, observe: Progress) -> list[str]:
         page = page.replace(f'"{name}"'.encode(), f'"{home}/{name}"'.encode())
     (work / PAGE).write_bytes(page)
     if atomic.inside(run.path, run.report_file.name).is_file():
-        shutil.copyfile(run.report_file, work / REPORT)
+        (work / REPORT).write_bytes(report_page(run))
     report = [REPORT] if (work / REPORT).exists() else []
     return [PAGE, *report, *(f"{home}/{name}" for name in names)]
 
@@ -236,6 +249,12 @@ def _make_files(
     for done, name in enumerate(names, 1):
         yield _make_script(name, resources.get(name))
         observe("pages", done, len(names))
+
+
+def report_page(run: RunFolder) -> bytes:
+    """Return a run's report with links into these pages, beside which it lies here."""
+    page = run.report_file.read_bytes()
+    return page.replace(b'<html lang="en">', b'<html lang="en" data-viewer>', 1)
 
 
 def _make_script(name: str, resource: Any) -> tuple[str, bytes]:

@@ -1,4 +1,4 @@
-"""The decoder of a run's SAE -> nearest latents, and a plane to draw all latents on.
+"""The decoder of a run's SAE -> nearest latents.
 
 Uses numpy only, except for an SAE that was judged: its format is read by `ksparse.interop`.
 """
@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from ksparse.errors import InputError
+from ksparse.storage import atomic, checksums, jsonio
 from ksparse.storage.run_folder import RunFolder, shard_files
 
 NEIGHBOURS = 12
@@ -56,6 +57,19 @@ class Decoder:
                 parts.append(tensors.get_tensor("W_dec").astype(np.float32, copy=False))
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
+    def identity(self) -> str:
+        """Return what tells this decoder from others: checksums of the weights, not checked here.
+
+        "" where the newest checkpoint has no manifest that can be read.
+        """
+        if (judged := self.run.subject().judged) is not None:
+            return judged.weights_sha256
+        newest = max(self.run.checkpoints(), default=None)
+        if newest is None or not atomic.inside(newest, checksums.MANIFEST).is_file():
+            return ""
+        sums = jsonio.read_table(newest / checksums.MANIFEST, sha256=dict)["sha256"]
+        return jsonio.digest({name: sums[name] for name in sums if name.startswith("sae")})
+
     def nearest(
         self, first: int, last: int, count: int = NEIGHBOURS
     ) -> list[list[tuple[int, float]]]:
@@ -86,20 +100,6 @@ class Decoder:
         """
         cosines = self.rows @ row
         return _largest(cosines[None], min(count, len(cosines)))[0]
-
-    @cached_property
-    def plane(self) -> np.ndarray:
-        """Each latent's first two principal components of the decoder's rows, [n, 2].
-
-        The sign of each component is fixed, so that a map looks the same each time.
-        """
-        rows = self.rows
-        mean = rows.mean(0)
-        covariance = rows.T @ rows / len(rows) - np.outer(mean, mean)
-        axes = np.linalg.eigh(covariance.astype(np.float64))[1][:, ::-1][:, :2]
-        axes *= np.sign(axes[np.abs(axes).argmax(0), range(axes.shape[1])])
-        placed = (rows - mean) @ axes.astype(np.float32)
-        return np.pad(placed, ((0, 0), (0, 2 - placed.shape[1])))
 
 
 def _largest(cosines: np.ndarray, count: int) -> list[list[tuple[int, float]]]:

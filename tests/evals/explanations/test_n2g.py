@@ -454,6 +454,22 @@ def test_explanations_that_are_always_right_cost_what_the_reconstruction_costs(
     )
 
 
+def test_losses_are_the_same_whether_n2g_runs_beside_them_or_not(small_acts):
+    acts = small_acts(lm_batch=4)
+    lm = LM(acts=acts)
+    sae = random_sae(acts, lm.d_model)
+    options = dataclasses.replace(OPTIONS, tokens=2_000, explained_examples=2, latents=20)
+    alone = runner.evaluate(sae, lm, ["explained_loss"], options)["explained_loss"]
+    both = runner.evaluate(sae, lm, ["n2g", "explained_loss"], options)
+    assert both["explained_loss"]["ce_n2g"] == alone["ce_n2g"]
+    assert alone["n_explained"] > 20
+    more = dataclasses.replace(options, explained_examples=16)
+    other = runner.evaluate(sae, lm, ["explained_loss"], more)["explained_loss"]
+    assert other["ce_n2g"] != alone["ce_n2g"], "it depends on the examples"
+    n2g = runner.evaluate(sae, lm, ["n2g"], options)["n2g"]
+    assert n2g["f1"] == both["n2g"]["f1"]
+
+
 def test_a_scale_is_the_least_squares_fit_on_documents_of_its_own(small_acts):
     acts = small_acts(lm_batch=4)
     lm, options = (

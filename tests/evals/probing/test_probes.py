@@ -377,6 +377,23 @@ def test_a_task_with_too_few_rows_of_a_label_is_refused(subject, tmp_path):
         )
 
 
+@pytest.mark.parametrize("rows", [40, 79])
+def test_too_few_rows_for_the_built_in_tasks_are_refused(subject, rows):
+    acts, lm = subject
+    sae, options = make_sae(acts, lm.d_model), dataclasses.replace(OPTIONS, probe_rows=rows)
+    with pytest.raises(InputError, match=f"probe_rows is {rows}; .* give at least 80, or texts"):
+        runner.evaluate(sae, lm, ["probes"], options)
+
+
+def test_built_in_tasks_that_all_lack_rows_are_refused(subject, monkeypatch):
+    acts, lm = subject
+    monkeypatch.setattr(tasks.pylm, "documents", lambda split: [("a.py", "x = 1\n" * 40)])
+    with pytest.raises(
+        InputError, match="no built-in task can be judged on .* tokens: only 0 rows"
+    ):
+        runner.evaluate(make_sae(acts, lm.d_model), lm, ["probes"], OPTIONS)
+
+
 def test_a_suite_that_is_not_there_is_an_error(subject):
     acts, lm = subject
     with pytest.raises(InputError, match="nowhere"):

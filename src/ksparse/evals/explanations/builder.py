@@ -54,6 +54,9 @@ _PADS = (" _", "_", " ", ".", "\n")
 _TOKENS = 8_192  # in one forward pass
 _COMPACT = 2_000_000  # activations in memory before those outside of the sample are dropped
 
+Explanations = dict[int, list[TokenPattern]]
+"""{latent: patterns}"""
+
 _Numbers = TypeVar("_Numbers", np.ndarray, Tensor)
 
 
@@ -103,7 +106,7 @@ class N2GBuilder(Metric):
         text_start: tokens of a context before its text: 1 with BOS, else 0.
         tokens: all contexts of the first pass, [c, t].
         counts: examples of each latent, [n].
-        explanations: {latent: patterns}.
+        explanations: {latent: patterns}, built from `n2g_examples` activations each.
     """
 
     def __init__(self, context: EvalContext):
@@ -115,7 +118,18 @@ class N2GBuilder(Metric):
         self.reservoir = Reservoir(options.n2g_examples, options.seed)
         self.contexts: list[np.ndarray] = []
         self.n_contexts = 0
-        self.explanations: dict[int, list[TokenPattern]] = {}
+        self._explanations: dict[int, Explanations] = {}  # by activations per latent
+
+    @property
+    def explanations(self) -> Explanations:
+        return self._explanations.setdefault(self.context.options.n2g_examples, {})
+
+    def known(self) -> Explanations:
+        """Return an explanation of each latent that has one, from as many activations as any is."""
+        known: Explanations = {}
+        for examples in sorted(self._explanations):
+            known |= self._explanations[examples]
+        return known
 
     def request(self, latents: np.ndarray) -> None:
         """Sample activations of these latents too."""
@@ -139,13 +153,30 @@ class N2GBuilder(Metric):
         self.sample = self.reservoir.sample()
         self.counts = np.bincount(self.sample.latent, minlength=len(self.requested))
 
-    def explain(self, latents: np.ndarray, progress: Progress) -> None:
-        """Build the missing explanations of those latents that have enough examples."""
+    def explain(
+        self, latents: np.ndarray, progress: Progress, per_latent: int | None = None
+    ) -> Explanations:
+        """Build the missing explanations of those latents that have enough examples.
+
+        Args:
+            latents: the latents.
+            progress: called after each round of reading.
+            per_latent: activations to build each from, at most `n2g_examples`, which is the
+                default.
+
+        Returns:
+            All explanations that were built from so many.
+        """
+        most = self.context.options.n2g_examples
+        per_latent = min(per_latent or most, most)
+        built = self._explanations.setdefault(per_latent, {})
         missing = np.zeros(len(self.requested), bool)
         missing[latents] = True
         missing &= self.counts >= MIN_EXAMPLES
-        missing[list(self.explanations)] = False
-        selected = self.sample.select(missing[self.sample.latent])
+        missing[list(built)] = False
+        latent = self.sample.latent
+        place = np.arange(len(latent)) - np.searchsorted(latent, latent)  # in random order
+        selected = self.sample.select(missing[latent] & (place < per_latent))
         columns = (selected.latent, selected.context, selected.position, selected.value)
         examples = [
             ActivationExample(
@@ -155,20 +186,16 @@ class N2GBuilder(Metric):
         ]
         context = self.context
         reader = LatentReader(context.sae, context.lm, context.data.acts, self.official)
-        self.explanations |= explain(
-            examples, reader, self.pad, official=self.official, progress=progress
-        )
+        built |= explain(examples, reader, self.pad, official=self.official, progress=progress)
+        return built
 
     @property
     def official(self) -> bool:
         """Whether to do as the published code does, faults included."""
         return self.context.options.n2g_variant == "official"
 
-    def predictor(self, latents: np.ndarray | None = None) -> Predictor:
-        """Return a predictor of the given latents, or of all that are explained."""
-        explanations = self.explanations
-        if latents is not None:
-            explanations = {int(i): self.explanations[int(i)] for i in latents}
+    def predictor(self, explanations: Explanations) -> Predictor:
+        """Return a predictor by these explanations."""
         return GreedyMatcher(explanations) if self.official else Matcher(explanations)
 
     def text(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -60,8 +60,9 @@ class ExplainedLoss(Metric):
 
     def compute(self, progress: Progress) -> None:
         builder, data = self.builder, self.context.data
-        builder.explain(np.arange(len(builder.requested)), progress)
-        self.predictor = builder.predictor()
+        latents = np.arange(len(builder.requested))
+        self.explanations = builder.explain(latents, progress, data.options.explained_examples)
+        self.predictor = builder.predictor(self.explanations)
         self.scale = self._scales()
 
         def count_ngrams() -> Ngrams:
@@ -145,7 +146,7 @@ class ExplainedLoss(Metric):
             {
                 **{f"ce_{name}": ratio(sums[name], tokens) for name in LOSSES},
                 "delta_to_bigram": ratio(sums["n2g"] - sums["bigram"], tokens),
-                "n_explained": len(self.builder.explanations),
+                "n_explained": len(self.explanations),
                 "n_predictions": int(tokens.sum()),
                 "predicted_l0": self.n_predicted / max(1.0, float(tokens.sum())),
                 "notes": [

@@ -106,7 +106,8 @@ class N2G(Metric):
 
     def _score(self, positives: Activations, counts: np.ndarray) -> None:
         """Compute the rates of the scored latents, each [scored]."""
-        scored, predictor = self.scored, self.builder.predictor(self.scored)
+        scored, builder = self.scored, self.builder
+        predictor = builder.predictor({i: builder.explanations[i] for i in scored.tolist()})
         slot = np.full(len(self.is_candidate), -1)
         slot[scored] = np.arange(len(scored))
         other = np.roll(scored, 1)  # whose explanation each latent gets when they are shuffled
@@ -185,7 +186,7 @@ class N2G(Metric):
                     name: torch.from_numpy(rates[name]).float()
                     for name in ("precision", "recall", "f1")
                 },
-                **pattern_arrays(builder.explanations),
+                **pattern_arrays(builder.known()),
             },
         )
 

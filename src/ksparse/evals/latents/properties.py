@@ -112,6 +112,13 @@ class Firing(Metric):
         """Which latents fire often enough to be described, bool [n]."""
         return self.moments.sums[0].numpy() >= LEAST
 
+    def favourite_tokens(self, most: int) -> np.ndarray:
+        """Return the tokens with the largest sums of each latent's squared values, the largest
+        first, [n, most]; -1 where it fires on fewer."""
+        keys, squares = self._merge()
+        vocabulary = len(self.token_counts)
+        return favourites(keys // vocabulary, keys % vocabulary, squares, len(self.fired_at), most)
+
     def effective_tokens(self) -> np.ndarray:
         """Return exp of the entropy of each latent's mean squared activation over tokens, [n].
 
@@ -124,6 +131,33 @@ class Firing(Metric):
             squares / self.token_counts.numpy()[keys % vocabulary],
             len(self.fired_at),
         )
+
+
+def favourites(
+    group: np.ndarray, token: np.ndarray, weight: np.ndarray, n: int, most: int
+) -> np.ndarray:
+    """Return the tokens with the largest weights of each group, the largest first, [n, most]; -1
+    where there are fewer.
+
+    Args:
+        group: the group of each weight, [m], from 0 to n - 1.
+        token: its token, [m].
+        weight: the weights, [m].
+        n: the number of groups.
+        most: tokens of each.
+
+    Example:
+        >>> import numpy as np
+        >>> group, token = np.array([0, 0, 2]), np.array([7, 8, 9])
+        >>> favourites(group, token, np.array([1.0, 2.0, 3.0]), 3, 2).tolist()
+        [[8, 7], [-1, -1], [9, -1]]
+    """
+    order = np.lexsort((-weight, group))
+    place = np.arange(len(order)) - np.searchsorted(group[order], group[order])
+    kept, place = order[place < most], place[place < most]
+    found = np.full((n, most), -1)
+    found[group[kept], place] = token[kept]
+    return found
 
 
 def repeats(tokens: Tensor, attention: Tensor) -> Tensor:

@@ -212,14 +212,13 @@ def python_tasks(lm: LM, acts: ActsConfig, options: EvalConfig, observe: Progres
             "tokens: leave it at 'last', "
             "or name a folder of texts with --suite"
         )
+    if options.probe_rows < 4 * LEAST:
+        raise InputError(
+            f"probe_rows is {options.probe_rows}; a built-in task needs {LEAST} rows of each label "
+            f"in each half: give at least {4 * LEAST}, or texts with --suite"
+        )
     pool = _TokenPool(lm, acts)
-    target = _TOKENS_PER_ROW * options.probe_rows
-    observe("labelling Python source", 0, target)
-    for number, (_, source) in enumerate(pylm.documents("held-out")):
-        pool.add(number, source)
-        observe("labelling Python source", min(pool.size, target), target)
-        if pool.size >= target:
-            break
+    _fill(pool, _TOKENS_PER_ROW * options.probe_rows, observe)
     labels, document = np.concatenate(pool.labels), np.concatenate(pool.documents)
     generator = np.random.default_rng(options.seed)
     chosen, left_out = {}, {}
@@ -232,6 +231,11 @@ def python_tasks(lm: LM, acts: ActsConfig, options: EvalConfig, observe: Progres
             )
         else:
             chosen[task.name] = drawn
+    if not chosen:
+        raise InputError(
+            f"no built-in task can be judged on {len(document):,} tokens: "
+            f"{next(iter(left_out.values()))}; give more probe_rows than {options.probe_rows}"
+        )
     needed = np.unique(np.concatenate(list(chosen.values())))
     x = pool.activations(needed, observe)
 
@@ -255,6 +259,56 @@ def python_tasks(lm: LM, acts: ActsConfig, options: EvalConfig, observe: Progres
         *describe_cuts(pool.cut, len(pool.labels), "files", _TOKENS_PER_FILE, "end"),
     ]
     return ProbeTasks("python", tuple(chosen), rows, left_out, tuple(notes))
+
+
+@dataclass(frozen=True)
+class LabelledPython:
+    """Tokens of held-out Python files with their exact labels.
+
+    Attributes:
+        tokens: Token ids [m].
+        documents: The number of each token's file [m].
+        x: Raw activations [m, d].
+        labels: Of each built-in task 1, 0, or -1 outside its population, [m].
+    """
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    x: Tensor
+    labels: dict[str, np.ndarray]
+
+
+def labelled_python(lm: LM, acts: ActsConfig, tokens: int, observe: Progress) -> LabelledPython:
+    """Return the first tokens of held-out Python files, whole files, with the labels of all
+    built-in tasks.
+
+    Args:
+        lm: The LM.
+        acts: How contexts are made.
+        tokens: The least number of tokens, if there are as many.
+        observe: Called with what is being done, how much of it is done, and how much there is.
+    """
+    from ksparse.evals.probing.python_labels import TASKS
+
+    pool = _TokenPool(lm, acts)
+    _fill(pool, tokens, observe)
+    labels, ids = np.concatenate(pool.labels), np.concatenate([np.array(t) for t in pool.tokens])
+    return LabelledPython(
+        ids,
+        np.concatenate(pool.documents),
+        pool.activations(np.arange(pool.size), observe),
+        {task.name: labels[:, column] for column, task in enumerate(TASKS)},
+    )
+
+
+def _fill(pool: _TokenPool, target: int, observe: Progress) -> None:
+    """Add held-out files to a pool until it has `target` tokens."""
+    observe("labelling Python source", 0, target)
+    for number, (_, source) in enumerate(pylm.documents("held-out")):
+        pool.add(number, source)
+        observe("labelling Python source", min(pool.size, target), target)
+        if pool.size >= target:
+            break
 
 
 def describe_cuts(cut: Sequence[int], total: int, what: str, limit: int, end: str) -> list[str]:

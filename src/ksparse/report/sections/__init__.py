@@ -1,14 +1,16 @@
 """The sections of the run report, one file each: its table, its figures and its template.
 
-subject               what was run
+headline              the three numbers at the top
 quality               claims, numbers and figures of the main evaluations; its parts:
                       reconstruction (stats, downstream), probes, explanations (n2g,
                       explained_loss), ablation
+latents               example latents with the text that they fire on, the best explained first
 probes                what single latents know, task by task
+sanity                whether the SAE is better than controls of it
 training              the run's curves
 codes                 codes and latents in detail; its parts: refinement, progressive,
                       latent_statistics, subspaces
-latents               example latents with the text that they fire on
+subject               what was run, and on which machine
 reproduction          the commands that make the run and its page again
 
 How to add the section of a new evaluation:
@@ -35,17 +37,19 @@ from ksparse.report.sections import (
     probes,
     quality,
     reproduction,
+    sanity,
     subject,
     training,
 )
 
 SECTIONS = (
-    subject.SECTION,
     quality.SECTION,
+    latents.SECTION,
     probes.SECTION,
+    sanity.SECTION,
     training.SECTION,
     codes.SECTION,
-    latents.SECTION,
+    subject.SECTION,
     reproduction.SECTION,
 )
 """The sections in the order of the page."""

@@ -136,6 +136,7 @@ PART = EvaluationPart(
                 _sparsity_of_others,
                 "Effective share of the LM’s logits, at this position and later ones, that change "
                 "when one active latent is ablated. Lower is sparser.",
+                key_number=True,
             ),
             NumberRow(
                 "Sparser than channels by",

@@ -23,12 +23,15 @@ class Section:
             "pictures" are also written as files.
         template: Jinja source of the section's HTML. Every string that it shows is made safe to
             look at, then escaped.
+        needs: the evaluation without which the section is left out, since the first section says
+            in one place what was not run; "" for none.
     """
 
     anchor: str
     title: str
     facts: Callable[[RunSource], dict[str, Any]]
     template: str
+    needs: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ TEMPLATE = """\
 {{ settings_lists(facts.settings) }}
 {% if facts.missing %}
 <p class="missing">Not run yet: {{ facts.missing | join(" · ") }}.
-<code>{{ facts.command }}</code> adds {{ "it" if facts.missing | length == 1 else "them" }}.</p>
+This command adds {{ "it" if facts.missing | length == 1 else "them" }}:
+<code>{{ facts.command }}</code></p>
 {% endif %}
 """
 

@@ -127,9 +127,10 @@ def draw_precision_and_recall(
             100 * precision[known],
             marker="o",
             color=FIRST,
-            alpha=0.3,
+            alpha=0.55,
             markersize=4.5,
-            markeredgewidth=0,
+            markeredgewidth=0.7,
+            fillstyle="full",
             label="a latent",
             **style,
         )
@@ -148,8 +149,8 @@ def draw_precision_and_recall(
         drawing = render(figure)
     caption = (
         "Each scored latent, by how many of its activations its patterns catch and how often they "
-        "are right; darker where points overlap. Recall takes discrete values, since it is counted "
-        "on few activations."
+        "are right; colours are stronger where points overlap. Recall takes discrete values, since "
+        "it is counted on few activations."
     )
     if not known.all():
         caption += f" {(~known).sum():,} latents whose patterns predicted nothing are left out."
@@ -206,6 +207,7 @@ N2G = EvaluationPart(
                 compare_with("n2g", "percent", shuffled_f1=_BY_CHANCE),
                 "Harmonic mean of each latent’s recall and precision, then the mean over latents. "
                 "High only where both are.",
+                key_number=True,
             ),
             NumberRow(
                 "Precision, pooled",

@@ -26,51 +26,54 @@ from ksparse.report.source import Arrays, RunSource
 from ksparse.report.tables import decimal_places, format_percent
 from ksparse.report.tokens import is_right_to_left, token_of
 
-DENSEST, RANDOM, RAREST = 4, 12, 4
-"""Latents of the first three samples."""
-EXPLAINED, AT_TASKS = 3, 4
-"""Latents with the best explanations, and as many with the worst; those best at a probe task."""
+BEST, AT_TASKS = 6, 4
+"""Latents with the best explanations; those best at a probe task."""
+DENSEST, RANDOM, RAREST, WORST = 4, 12, 4, 3
+"""Latents that fire most and least often, some at random, and those with the worst explanations."""
+UNFOLDED = 3
+"""Cards that are shown in full; the others open on a click."""
 EXAMPLES = 6
 """Examples of each kind on a card."""
 TEMPLATE = """\
 {% from "card.html.jinja" import latent %}
 {% from "parts.html.jinja" import figures %}
-{% if not facts.has_stats %}
-<p class="missing">Which latents are live, and the text that they fire on, is not known yet.
-<code>{{ facts.command }}</code> adds it.</p>
-{% else %}
-{{ figures(facts.pictures) }}
 {% if not facts.samples %}
-<p class="missing">The text that latents fire on is not in this run.
-<code>{{ facts.command }}</code> adds it.</p>
+{{ figures(facts.pictures) }}
+<p class="missing">The text that latents fire on is not in this run. This command adds it:
+<code>{{ facts.command }}</code></p>
 {% else %}
-<p class="note">Some of {{ "{:,}".format(facts.count) }} latents, each with {{ facts.text }}. The
-colour behind a token is the latent’s value there, relative to its maximum
-<span class="scale" aria-hidden="true"></span>; the token that an example was chosen for is
-<mark>marked</mark>, and the number before the example is its value. Top examples show
-what activates a latent most; random ones, drawn from all tokens on which it fires, show what it
-mostly does.
-<code>{{ facts.view }}</code> shows all latents, searches them by text, and tries what they do.</p>
+<p class="note">{{ facts.shown }} of {{ "{:,}".format(facts.count) }} latents, with examples from
+{{ facts.text }}. The viewer shows all of them: <code>{{ facts.view }}</code></p>
+<details class="how">
+<summary>How to read a card</summary>
+<p class="note">The colour behind a token is the latent’s value there, relative to its maximum
+<span class="scale" aria-hidden="true"></span>. The token that an example was chosen for is
+<mark>marked</mark>, and the number before the example is its value. Top examples show what
+activates a latent most. Random ones are drawn from all tokens on which it fires, and show what it
+mostly does. Its decoder row raises and lowers tokens through the final norm and the
+unembedding.</p>
 {% if facts.has_patterns %}
-<p class="note">A pattern predicts the latent, with the value after the arrow, at the last of its
-tokens. <b class="sign">*</b> is any token, <b class="sign">*×3</b> any three, and
-<b class="sign">^</b> the beginning of a document. Those built from the most examples are shown.</p>
+<p class="note">A pattern predicts the latent at the last of its tokens, with the value after the
+arrow. <b class="sign">*</b> is any token, <b class="sign">*×3</b> any three tokens, and
+<b class="sign">^</b> the beginning of a document. The patterns with the most examples are
+shown.</p>
 {% endif %}
 {% if facts.has_effects %}
 <p class="note">Sparsity is the share of the logits that change when the latent is ablated where it
-is strongest. Logits that it raises would be lower without it.</p>
+is strongest. Without the latent, the logits that it raises would be lower.</p>
 {% endif %}
+</details>
 {% if not facts.has_vocabulary %}
-<p class="missing">Tokens are shown as their ids, since evals/vocabulary.json is missing.
-<code>{{ facts.command }}</code> adds it.</p>
+<p class="missing">Tokens are shown as their ids, since evals/vocabulary.json is missing. This
+command adds it: <code>{{ facts.command }}</code></p>
 {% endif %}
 {% for sample in facts.samples %}
 <h3>{{ sample.title }} <span class="aside">{{ sample.reason }}</span></h3>
 {% for card in sample.cards %}
-{{ latent(card) }}
+{{ latent(card, facts.view, card.number in facts.unfolded) }}
 {% endfor %}
 {% endfor %}
-{% endif %}
+{{ figures(facts.pictures) }}
 {% endif %}
 """
 
@@ -141,13 +144,14 @@ def read_facts(source: RunSource) -> dict[str, Any]:
     return {
         "pictures": draw_pictures(source),
         "samples": samples,
+        "shown": len(cards),
+        "unfolded": {card.number for card in cards[:UNFOLDED]},
         "count": len(arrays.tensor("density")) if arrays is not None else None,
         "text": source.describe_text("stats"),
         "command": source.command("eval", "stats"),
         "view": source.command("view"),
         "has_patterns": any(card.explanation and card.explanation.patterns for card in cards),
         "has_effects": any(card.effect for card in cards),
-        "has_stats": source.result("stats") is not None,
         "has_vocabulary": bool(source.vocabulary),
     }
 
@@ -246,8 +250,7 @@ def choose_latents(source: RunSource) -> list[tuple[str, str, list[int]]]:
     if arrays is None or source.result("stats") is None:
         return []
     density = arrays.tensor("density")
-    densest, random, rarest = (latents.tolist() for latents in sample_by_density(density))
-    taken = {*densest, *random, *rarest}
+    taken: set[int] = set()
 
     def take(latents: Any, count: int) -> list[int]:
         """Take the first live latents that are in no sample yet."""
@@ -262,36 +265,35 @@ def choose_latents(source: RunSource) -> list[tuple[str, str, list[int]]]:
     explained = findings.explanations(source)
     scored = explained.best_first() if explained is not None else np.array([], int)
     at_tasks = [
-        task.latent
-        for task in findings.tasks(source)
-        if task.latent is not None and (task.gain or 0) > 0
+        task.latent for task in findings.tasks(source) if task.latent is not None and task.is_clear
     ]
+    best, best_at_tasks = take(scored, BEST), take(at_tasks, AT_TASKS)
+    others = density.copy()
+    others[list(taken)] = 0
+    densest, random, rarest = (take(latents, len(latents)) for latents in sample_by_density(others))
     samples = (
         (
-            "The densest",
-            "They fire on the most tokens; often they stand for something general.",
-            densest,
-        ),
-        (
-            "At random",
-            "Drawn from all other live latents, with a fixed seed, however they look.",
-            random,
-        ),
-        ("The rarest", "They fire on the fewest tokens, but on some.", rarest),
-        (
             "Best explained",
-            "The highest F1 among the scored; often they stand for a single token.",
-            take(scored, EXPLAINED),
-        ),
-        (
-            "Worst explained",
-            "The lowest F1 among the scored: their patterns do not predict when they fire.",
-            take(scored[::-1], EXPLAINED),
+            "Patterns of tokens predict them best (the highest F1); many respond to a single "
+            "token.",
+            best,
         ),
         (
             "Best at a task",
-            "For the probe tasks on which a latent is furthest below channels and random latents.",
-            take(at_tasks, AT_TASKS),
+            "At a probe task they clearly beat channels and random latents.",
+            best_at_tasks,
+        ),
+        (
+            "The densest",
+            "Of the others, those that fire on the most tokens; many respond to something general.",
+            densest,
+        ),
+        ("At random", "Drawn with a fixed seed from all that are left.", random),
+        ("The rarest", "They fire on the fewest tokens, but on some.", rarest),
+        (
+            "Worst explained",
+            "The lowest F1: their patterns do not predict when they fire.",
+            take(scored[::-1], WORST),
         ),
     )
     return [sample for sample in samples if sample[2]]
@@ -419,4 +421,4 @@ def join_quiet_runs(runs: list[TextRun]) -> list[TextRun]:
     return joined
 
 
-SECTION = Section("latents", "Example latents", read_facts, TEMPLATE)
+SECTION = Section("latents", "Latents", read_facts, TEMPLATE, needs="stats")

@@ -33,10 +33,7 @@ from ksparse.report.tokens import safe_text
 
 TEMPLATE = """\
 {% from "parts.html.jinja" import latent_link, tall_figure %}
-{% if not facts.has_result %}
-<p class="missing">Single latents have not been probed yet. <code>{{ facts.command }}</code> does
-it.</p>
-{% elif not facts.tasks %}
+{% if not facts.tasks %}
 <p class="missing">The result of the probes has no tasks. <code>{{ facts.command }}</code> runs them
 again.</p>
 {% else %}
@@ -45,7 +42,7 @@ yes-or-no question about a text. A probe on one number answers it; its loss is i
 and lower is better. On {{ facts.below }} of {{ facts.tasks | length }} tasks the best latent is
 below
 the best channel, the best latent of an untrained SAE, and the base rate alone. Single tasks are
-noisy: look at the bars before you make much of one.</p>
+noisy: look at the bars before you conclude anything from one.</p>
 {% for picture in facts.pictures %}
 {{ tall_figure(picture) }}
 {% endfor %}
@@ -78,7 +75,7 @@ noisy: look at the bars before you make much of one.</p>
 </div>
 <p class="note after">Gain: the lowest of best channel, random latent and base rate, less the
 latent’s loss. In sample: the latent’s loss on the half that it was chosen on, too low to compare
-with the others. Rows: training half + test half. Latents that are links have a card below.</p>
+with the others. Rows: training half + test half. Latents that are links are shown above.</p>
 </details>
 {% endif %}
 """
@@ -107,7 +104,6 @@ def read_facts(source: RunSource) -> dict[str, Any]:
     )
     return {
         "pictures": [picture] if picture is not None else [],
-        "has_result": source.result("probes") is not None,
         "tasks": [_make_row(task, cards) for task in tasks],
         "suite": format_plain(result.get("suite") or "unknown"),
         "below": sum((task.gain or 0) > 0 for task in tasks),
@@ -245,6 +241,7 @@ PART = EvaluationPart(
                 "0: the LM’s own channels do as well",
                 "Loss of the best channel less that of the best latent, on the same rows. There "
                 "are more latents than channels to choose from.",
+                key_number=True,
             ),
             NumberRow(
                 "Gain over random latents",
@@ -284,4 +281,4 @@ PART = EvaluationPart(
         ),
     ),
 )
-SECTION = Section("probes", "What its latents know", read_facts, TEMPLATE)
+SECTION = Section("probes", "What its latents know", read_facts, TEMPLATE, needs="probes")

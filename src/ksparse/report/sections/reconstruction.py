@@ -28,8 +28,9 @@ def _dead_in_training(source: RunSource) -> str:
     dead = source.number("stats", "dead_fraction_training")
     if dead is None:
         return "0 %: every latent is used"
-    period = f"{source.recipe.dead_after:,} tokens" if source.recipe else "a while"
-    return f"0 %; at the end of training {format_percent(dead.value)} had not fired for {period}"
+    period = f"{source.recipe.dead_after:,} tokens" if source.recipe else "tokens"
+    share = format_percent(dead.value)
+    return f"0 %: every latent is used; {share}: in training, silent for the last {period}"
 
 
 def _above_the_lm(key: str) -> Callable[[RunSource], str]:
@@ -115,6 +116,7 @@ STATS = EvaluationPart(
                 _bound_of_l0,
                 "Active latents (values above zero) per token. Below k where the value of a chosen "
                 "latent is not positive.",
+                key_number=True,
             ),
             NumberRow(
                 "Dead latents",
@@ -156,6 +158,7 @@ DOWNSTREAM = EvaluationPart(
                 "0: the same predictions",
                 "Nats per token between the two predictions. Counts every change, also those that "
                 "happen to help.",
+                key_number=True,
             ),
             NumberRow(
                 "Loss recovered",

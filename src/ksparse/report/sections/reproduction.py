@@ -18,14 +18,14 @@ TEMPLATE = """\
 on another machine, or with other versions, rounding differs, and so do the numbers, a little.</p>
 <dl class="commands">
 {% if facts.train %}
-<div><dt>Train it again</dt><dd><pre class="code" tabindex="0">{{ facts.train }}</pre></dd></div>
+<div><dt>Train it again</dt><dd><pre class="code wrapped">{{ facts.train }}</pre></dd></div>
 {% endif %}
 <div><dt>Evaluate it</dt><dd>
 {%- for command in facts.evaluate %}
-<pre class="code" tabindex="0">{{ command }}</pre>
+<pre class="code wrapped">{{ command }}</pre>
 {%- endfor -%}
 </dd></div>
-<div><dt>Write this page</dt><dd><pre class="code" tabindex="0">{{ facts.report }}</pre></dd></div>
+<div><dt>Write this page</dt><dd><pre class="code wrapped">{{ facts.report }}</pre></dd></div>
 </dl>
 """
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ksparse import display
 from ksparse.errors import InputError
 from ksparse.scaling.laws import solver
 from ksparse.scaling.laws.candidates import (
@@ -46,15 +47,26 @@ _CORRELATED = 0.5  # correlation of neighbouring residuals above which the form 
 _CLOSE = 2.0  # a smaller difference of AICc means nothing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
-    """A law's value with its 95 % interval, and the interval that holds a single further run."""
+    """A law's value with its 95 % interval, and the interval that holds a single further run.
+
+    Example:
+        >>> Prediction(value=0.25, low=0.2, high=0.3, run_low=0.1, run_high=0.4)
+        Prediction(0.25, 95 % interval [0.2, 0.3], of a single run [0.1, 0.4])
+    """
 
     value: float
     low: float
     high: float
     run_low: float
     run_high: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Prediction({self.value:.4g}, 95 % interval [{self.low:.4g}, {self.high:.4g}], "
+            f"of a single run [{self.run_low:.4g}, {self.run_high:.4g}])"
+        )
 
     def summary(self, target: str, at: dict[str, Any]) -> str:
         """Describe the prediction in one line."""
@@ -69,7 +81,7 @@ class Prediction:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Law:
     """A fitted law.
 
@@ -254,6 +266,21 @@ class Law:
         ]
 
     # ---- in words
+
+    def __repr__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def table(self) -> display.Table:
+        """Return the coefficients with their 95 % intervals, and `summary` below them."""
+        rows = [
+            (name, f"{found.value:.4g}", f"{_end(found.low)} to {_end(found.high)}")
+            for name, found in self.coefficients.items()
+        ]
+        header = ("coefficient", "value", "95 % interval")
+        return display.Table(self.kind.title, header, rows, self.summary())
 
     def summary(self) -> list[str]:
         """Describe in sentences how well the law fits, what fits better, and what to distrust."""
@@ -466,6 +493,11 @@ def _format(value: Any) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
+
+
+def _end(value: float | None) -> str:
+    """Return the end of an interval; None is one that the points do not bound."""
+    return "unbounded" if value is None else f"{value:.4g}"
 
 
 def _short(value: float | None) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ksparse import display
 from ksparse.errors import InputError
 from ksparse.scaling.laws import law as laws
 from ksparse.scaling.laws.forms import Columns, law_of
@@ -35,7 +36,7 @@ from ksparse.storage import atomic
 LAWS = ("nk", "n", "c", "tokens", "lr", "s", "optimal")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Survey:
     """The laws of a sweep.
 
@@ -59,6 +60,25 @@ class Survey:
     frontier: dict[str, np.ndarray]
     costs: dict[str, np.ndarray]
     runs: int
+
+    def __getitem__(self, name: str) -> Law:
+        """Return a law by its name; raise InputError that says why it could not be fitted."""
+        if name not in self.laws:
+            law_of(name)
+            raise InputError(f"{self.absent[name]} There are {', '.join(self.laws)}")
+        return self.laws[name]
+
+    def __repr__(self) -> str:
+        return "\n\n".join(map(str, self.tables()))
+
+    def _repr_html_(self) -> str:
+        return "".join(table.html() for table in self.tables())
+
+    def tables(self) -> list[display.Table]:
+        """Return the table of each law, and one of notes."""
+        found = [law.table() for law in self.laws.values()]
+        notes = [*self.notes, *self.absent.values()]
+        return found + ([display.Table("Notes", (), (), notes)] if notes else [])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a sweep's law.json (docs/formats.md)."""

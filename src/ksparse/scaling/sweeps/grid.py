@@ -18,13 +18,17 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from csv import DictReader
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ksparse import config as recipes
+from ksparse import display
 from ksparse.config import Recipe
 from ksparse.errors import InputError
+from ksparse.lookup import function_of
 from ksparse.planning.costs import PlanInput, SAEMemory, add_memory, sae_memory
 from ksparse.planning.sharing import stream_key
 from ksparse.storage import atomic, checksums, jsonio
@@ -44,11 +48,60 @@ class Grid:
         return len(self.recipes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepFolder:
     """The folder of a sweep."""
 
     path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return the last point of each finished run, a row of points.csv each (docs/formats.md);
+        numbers are numbers, and what is empty is None."""
+        if not self.points_file.is_file():
+            return []
+        with self.points_file.open(newline="", encoding="utf-8") as file:
+            return [
+                {key: _read_cell(text) for key, text in row.items()} for row in DictReader(file)
+            ]
+
+    def to_frame(self) -> Any:
+        """Return `points()` as a pandas DataFrame.
+
+        Raises:
+            InputError: if pandas is not installed.
+        """
+        return display.to_frame(self.points())
+
+    def table(self) -> display.Table:
+        """Return the finished runs as a table."""
+        formats = {"n": ",", "k": "", "tokens": ",", "loss": ".4f", "dead": ".1%"}
+        runs = sorted(self.points(), key=lambda row: (row["n"], row["k"]))
+        rows = [
+            ["-" if row.get(key) is None else format(row[key], how) for key, how in formats.items()]
+            for row in runs
+        ]
+        title = f"Sweep {self.path}: {len(rows)} finished runs"
+        header = ("latents", "k", "tokens", "held-out nmse", "dead")
+        return display.Table(title, header, rows)
+
+    def figures(self) -> dict[str, Any]:
+        """Draw the figures of the sweep's report as matplotlib figures, by name
+        (`ksparse.report.sweep`)."""
+        found: dict[str, Any] = function_of("SweepFolder.figures")(self.path)
+        return found
+
+    def figure(self, name: str) -> Any:
+        """Draw one figure of the sweep's report, such as "size", as a matplotlib figure."""
+        return function_of("SweepFolder.figure")(self.path, name)
 
     @property
     def file(self) -> Path:
@@ -88,6 +141,14 @@ class SweepFolder:
         return RunFolder(self.path).locked()
 
 
+def _read_cell(text: str) -> Any:
+    """Return a cell of points.csv as a number where it is one; None where it is empty."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text or None
+
+
 def read(file: Path | str) -> Grid:
     """Read a sweep.toml.
 
@@ -98,6 +159,12 @@ def read(file: Path | str) -> Grid:
     table = recipes.read_toml(
         file, "sweep", "; give a sweep.toml, such as recipes/sweeps/pylm.toml"
     )
+    return grid_of(table, file)
+
+
+def grid_of(table: dict[str, Any], file: Path) -> Grid:
+    """Return the grid that the content of a sweep.toml describes; raise InputError as `read`."""
+    table = dict(table)
     grids = table.pop("grid", None)
     grids = grids if isinstance(grids, list) else [grids]
     if not all(isinstance(grid, dict) and grid for grid in grids):

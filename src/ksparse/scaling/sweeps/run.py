@@ -305,7 +305,8 @@ class _Progress:
         self.observe(
             min(sum(self.tokens.values()), self.total),
             self.total,
-            f"{len(self.tokens)} SAEs" + (f", {ended} finished" if ended else ""),
+            f"{len(self.tokens)} SAE{'s' * (len(self.tokens) > 1)}"
+            + (f", {ended} finished" if ended else ""),
         )
 
 

@@ -7,6 +7,7 @@ computes with a decoder that is off norm.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -19,6 +20,13 @@ from ksparse.sae.losses import Losses, LossInputs, losses
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalization import input_rms
 from ksparse.training.resample import resample_dead, resampling
+
+FROZEN: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "decoder": ("W_dec",),
+    "encoder": ("W_enc", "b_enc"),
+}
+"""The tensors that each value of `sae.freeze` leaves at their start values."""
 
 
 class AutogradStep:
@@ -37,7 +45,11 @@ class AutogradStep:
         # Adam's steps are absolute and biases live on the scale of the input, so their rate is in
         # its unit: training is then the same whichever normalisation fixes that scale.
         biases = recipe.lr * input_rms(sae.shape.normalize, sae.shape.d_model)
-        sae.b_enc.requires_grad_(recipe.sae.b_enc)
+        self.frozen = FROZEN[recipe.sae.freeze]
+        for key, weight in sae.named_parameters():
+            weight.requires_grad_(key not in self.frozen and (key != "b_enc" or recipe.sae.b_enc))
+        self.start = sae.W_dec.detach().clone() if recipe.sae.decoder_cosine_min else None
+        """The decoder's start values [n, d], near which its rows are held; None: they are free."""
         weights = dict(sae.named_parameters())
         relative = [weights.pop(name) for name in ("W_enc", "W_dec", *self.activation.SCALE_FREE)]
         groups = [
@@ -48,7 +60,11 @@ class AutogradStep:
             groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
         )
         self.average = (
-            {key: torch.zeros_like(weight) for key, weight in sae.named_parameters()}
+            {
+                key: torch.zeros_like(weight)
+                for key, weight in sae.named_parameters()
+                if key not in self.frozen
+            }
             if recipe.ema
             else {}
         )
@@ -111,6 +127,10 @@ class AutogradStep:
         self.total = total
         return Losses(total, dict(zip(names, values)), code)
 
+    def set_k(self, k: int) -> None:
+        """Choose `k` latents per token from now on (`sae.k_start`)."""
+        self.sae.shape = dataclasses.replace(self.sae.shape, k=k)
+
     @property
     def penalty_share(self) -> float:
         """The share of its full weight that a penalty has in the coming step."""
@@ -146,8 +166,7 @@ class AutogradStep:
             group["lr"] = group["base"] * share
         self.adam.step()
         self.adam.zero_grad()
-        if self.recipe.sae.unit_norm:
-            self.sae.normalize_decoder_()
+        self._constrain_decoder(self.sae)
         self.activation.constrain_()
         self.updates += 1
         for key, weight in self.sae.named_parameters():
@@ -158,6 +177,16 @@ class AutogradStep:
             self.seen = None
         return norm
 
+    def _constrain_decoder(self, sae: SAE) -> None:
+        """Bring an SAE's decoder rows to norm 1 and near their start values, where the recipe asks
+        for it. A frozen decoder keeps its bits."""
+        if "W_dec" in self.frozen:
+            return
+        if self.recipe.sae.unit_norm:
+            sae.normalize_decoder_()
+        if self.start is not None:
+            hold_(sae.W_dec, self.start, self.recipe.sae.decoder_cosine_min)
+
     @torch.no_grad()
     def _update_statistics(self, x: Tensor, code: Code, dead: Tensor) -> None:
         """Update what the activation follows, and resample dead latents if this step does."""
@@ -167,7 +196,9 @@ class AutogradStep:
         if resampling(self.updates, self.recipe):
             new_rows = resample_dead(self.sae, x, code, dead, step_seed(self.updates, self.recipe))
             for key, rows in (new_rows or {}).items():
-                self._restart(key, dead, rows)
+                if key not in self.frozen:
+                    self._restart(key, dead, rows)
+            self._constrain_decoder(self.sae)
 
     def _restart(self, key: str, latents: Tensor, rows: Tensor) -> None:
         """Replace the rows of some latents in one tensor, with Adam's moments at 0 and the average
@@ -206,8 +237,7 @@ class AutogradStep:
                 if self.updates and key in self.average
                 else self.settled.get(key, current[key])
             )
-        if self.recipe.sae.unit_norm:
-            copy.normalize_decoder_()
+        self._constrain_decoder(copy)
         if self.batch is not None:
             copy.activation.calibrate_(copy, self.batch.to(copy.W_enc))
             statistics = copy.state_dict()
@@ -230,6 +260,8 @@ class AutogradStep:
         """Return everything that the next step depends on, by name."""
         out = {f"raw.{key}": tensor for key, tensor in self.sae.state_dict().items()}
         out |= {f"average.{key}": mean for key, mean in (self.average | self.settled).items()}
+        if self.start is not None:
+            out["start.W_dec"] = self.start
         for key, weight in self.sae.named_parameters():
             for moment, value in self.adam.state.get(weight, {}).items():
                 out[f"{moment}.{key}"] = value
@@ -248,6 +280,8 @@ class AutogradStep:
             tensor.copy_(tensors[f"raw.{key}"])
         for key, mean in self.average.items():
             mean.copy_(tensors[f"average.{key}"])
+        if self.start is not None:
+            self.start.copy_(tensors["start.W_dec"])
         for key, weight in self.sae.named_parameters():
             moments = {
                 name: tensors[f"{name}.{key}"]
@@ -272,6 +306,35 @@ def rate_share(step: int, recipe: Recipe) -> float:
     falling = recipe.optim.decay * recipe.steps
     fall = min(1.0, (recipe.steps - step + 1) / falling) if falling else 1.0
     return min(rise, fall)
+
+
+@torch.no_grad()
+def hold_(rows: Tensor, start: Tensor, least: float) -> None:
+    """Turn each row whose cosine with its start value is less than `least` back to that cosine, in
+    place, within the plane of both; its norm stays.
+
+    Args:
+        rows: the rows [n, d].
+        start: their start values [n, d], of norm 1.
+        least: the smallest cosine, from 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> rows, start = torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]])
+        >>> hold_(rows, start, 0.8)
+        >>> rows
+        tensor([[1.6000, 1.2000]])
+    """
+    norm = rows.norm(dim=1, keepdim=True)
+    along = (rows * start).sum(1, keepdim=True)
+    far = (along < least * norm).squeeze(1)
+    if not far.any():
+        return
+    target = least + (1 - least) * 1e-6  # so that rounding does not fall below the limit
+    direction = start[far]
+    aside = torch.nn.functional.normalize(rows[far] - along[far] * direction, dim=1)
+    held = target * direction + math.sqrt(1 - target**2) * aside
+    rows[far] = norm[far] * torch.nn.functional.normalize(held, dim=1)
 
 
 @torch.no_grad()

@@ -341,4 +341,6 @@ class ExplicitStep(AutogradStep):
         sae.b_enc.grad = g_bias if self.recipe.sae.b_enc else None
         for wait in sums:
             wait()
+        for key in self.frozen:
+            getattr(sae, key).grad = None
         return clip_(sae, self.recipe.optim.clip, mesh)

@@ -138,6 +138,10 @@ class PrefilteredStep(ExplicitStep, ABC):
             the candidates.
         """
 
+    def set_k(self, k: int) -> None:
+        self.candidates += k - self.sae.shape.k
+        super().set_k(k)
+
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | (
             {"screen.candidates": torch.tensor(self.candidates)} if self.kind else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from ksparse.config import Recipe
@@ -13,6 +14,8 @@ from ksparse.training.steps.explicit import ExplicitStep
 from ksparse.training.steps.native import NativeStep
 from ksparse.training.steps.prefilter import fastest_prefilter
 from ksparse.training.steps.triton import TritonStep
+
+log = logging.getLogger("ksparse")
 
 
 def build_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> AutogradStep:
@@ -27,6 +30,8 @@ def build_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> Autogra
         InputError: if the recipe asks for kernels or a precision that the device cannot run.
     """
     kind = steps.choose_step(recipe, str(sae.W_enc.device), processes=mesh.size)
+    if recipe.sae.limits_weights and recipe.run.kernels == "auto":
+        log.info("sae.freeze and sae.decoder_cosine_min: the step is taken in plain torch")
     if kind == "triton":
         return TritonStep(sae, recipe, _prefilter(recipe, lambda: "int8"))
     if kind == "native":

@@ -49,10 +49,6 @@ ksparse.show = function show(...children) {
   document.getElementById("main").replaceChildren(...children.flat(Infinity).filter(Boolean));
 };
 
-ksparse.missing = (adds, command) =>
-  ksparse.el("p", { class: "missing" },
-    `Not in this run: ${adds}. `, ksparse.el("code", {}, command), " adds it.");
-
 // ---- resources
 
 const cached = new Map(); // name -> promise, the most recent last
@@ -156,6 +152,12 @@ ksparse.context = async function context(number) {
   const { strings, contexts } = await ksparse.load(`contexts/${Math.floor(number / size)}`);
   const { t, borders } = contexts[number % size];
   return { tokens: t.map((i) => strings[i]), borders };
+};
+
+// A short example of a latent, or null.
+ksparse.example = async function example(number) {
+  const size = ksparse.run.example_block;
+  return (await ksparse.load(`examples/${Math.floor(number / size)}`)).examples[number % size];
 };
 
 ksparse.gloss = async function gloss(number) {

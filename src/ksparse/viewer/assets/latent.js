@@ -42,7 +42,8 @@ ksparse.views.latent = async function latentView(path, query, current) {
   function explanation() {
     const found = ksparse.labels.explained[number];
     if (!found) return null;
-    const score = (key) => `${key} ${ksparse.format(found[key], "percent")}`;
+    const score = (key) => `${key} ${
+      key in found ? ksparse.format(found[key], "percent") : "– the judge cannot tell"}`;
     return el("p", { class: "note", id: "explanation" }, "Explained by a model: ",
       el("bdi", {}, ksparse.visible(found.text)),
       el("span", { class: "aside" }, `${score("detection")} · ${score("fuzzing")}`));
@@ -79,16 +80,21 @@ ksparse.views.latent = async function latentView(path, query, current) {
       explanation(),
       el("dl", { class: "values" }, measured.map(({ key, label: name, kind, reading }) =>
         el("div", { title: reading }, el("dt", {}, name),
-          el("dd", {}, ksparse.format(values[key], kind))))),
-      values.density === 0
-        ? el("p", { class: "note" }, "It never fires on the evaluation’s text.")
-        : null);
+          el("dd", {}, ksparse.format(values[key], kind))))));
   }
 
   // ---- text
 
   function texts({ top, band, bands, random, strings, values }) {
-    if (!top) return lacking("stats", "text that it fires on", "There is no text.");
+    if (ksparse.lacks("stats")) return ksparse.notEvaluated();
+    if (values.density === 0) {
+      return ksparse.box(`This latent never fires on ${run.text}, so there is no text to show.` +
+        " It may on more:", run.commands.more_text);
+    }
+    if (!top) {
+      return ksparse.box("This run was evaluated without examples. This command adds them:",
+        run.commands.examples);
+    }
     const text = (tokens, acts, at, borders) =>
       ksparse.text(tokens, acts, values.max_act, at, ksparse.number, borders);
     const item = (example) => {
@@ -170,6 +176,8 @@ ksparse.views.latent = async function latentView(path, query, current) {
     const { values, strings } = details;
     const panel = (title, aside, ...children) => el("section", { class: "panel" },
       el("h2", {}, title, aside ? el("span", { class: "aside" }, aside) : null), children);
+    // The panel of an evaluation; left out where one box says that it was not run.
+    const measured = (name, ...parts) => (ksparse.lacks(name) ? null : panel(...parts));
     return [
       details.histogram
         ? panel("How large", "activations by value, counts on a log axis",
@@ -184,18 +192,18 @@ ksparse.views.latent = async function latentView(path, query, current) {
       details.logits
         ? panel("Direct logits", "of its decoder row", logits(details.logits, strings))
         : null,
-      panel("Effect", details.effect ? "ablated where it is strongest" : "",
+      measured("ablation", "Effect", details.effect ? "ablated where it is strongest" : "",
         details.effect
           ? effect(details.effect, strings)
-          : lacking("ablation", "what ablating it does", "It was not ablated.")),
-      panel("Patterns", "that predict it",
+          : el("p", { class: "none" }, "It was not ablated.")),
+      measured("n2g", "Patterns", "that predict it",
         details.patterns
           ? patterns(details.patterns, values)
-          : lacking("n2g", "patterns", "No pattern was built for it.")),
-      panel("Probe tasks", "for which it is among the ten best latents",
+          : el("p", { class: "none" }, "No pattern was built for it.")),
+      measured("probes", "Probe tasks", "for which it is among the ten best latents",
         details.tasks.length
           ? el("ul", { class: "plain-list" }, details.tasks.map(task))
-          : lacking("probes", "probe tasks", "None.")),
+          : el("p", { class: "none" }, "None.")),
       run.has.weights ? panel("Nearest", "cosine of decoder directions", nearestList) : null,
       ksparse.nearestElsewhere(number, current),
       details.together
@@ -203,6 +211,7 @@ ksparse.views.latent = async function latentView(path, query, current) {
           rows(details.together.map(([other, phi, both, gloss]) =>
             [other, `${phi.toFixed(2)} · ${ksparse.count(both)}`, gloss]))))
         : null,
+      ksparse.lacks("stats") ? null : ksparse.notEvaluated(), // else it is in the place of the text
     ];
   }
 
@@ -217,13 +226,6 @@ ksparse.views.latent = async function latentView(path, query, current) {
     if (!entries.length) return [el("p", { class: "none" }, "None.")];
     return entries.map(([other, remark, gloss]) => el("div", { class: "row" },
       el("span", { class: "said" }, remark), ksparse.link(other, gloss)));
-  }
-
-  // Name the command that adds what is missing; if the evaluation was run, say that it has nothing
-  // on this latent.
-  function lacking(name, what, nothing) {
-    const lack = run.lacks.find(({ command }) => command.endsWith(` ${name}`));
-    return lack ? ksparse.missing(what, lack.command) : el("p", { class: "none" }, nothing);
   }
 
   function patterns({ count, shown }, values) {

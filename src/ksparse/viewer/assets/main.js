@@ -29,6 +29,7 @@
       if ((link.dataset.page || "latents") === name) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     }
+    ksparse.placeSearch(null); // the start page takes it
     if (name === "search") search.value = query.get("q") ?? "";
     try {
       if (view) await view(path.slice(1), query, current);
@@ -65,8 +66,9 @@
     s: () => ksparse.star(),
     e: () => document.getElementById("label")?.select(),
     n: () => ksparse.lines(!ksparse.lines()),
-    l: () => { location.hash = "#/"; },
+    l: () => { location.hash = "#/latents"; },
     m: () => { location.hash = "#/map"; },
+    p: () => { location.hash = "#/scatter"; },
     t: () => document.querySelector(".latent-head .button, header nav a[href$='/try']").click(),
     "?": () => keys.showModal(),
   };
@@ -78,7 +80,9 @@
     actions[event.key]();
   });
   search.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") search.blur();
+    if (event.key !== "Escape") return;
+    event.preventDefault(); // which would empty the field
+    search.blur();
   });
   document.getElementById("search-form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -100,6 +104,7 @@
     ksparse.show(el("p", { class: "missing", role: "alert" }, error.message));
     return;
   }
+  ksparse.suggest(search);
   search.placeholder = ksparse.live
     ? "Number, token, task, label, or any text"
     : "Number, token, task or label";

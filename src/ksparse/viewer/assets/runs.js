@@ -19,7 +19,7 @@ ksparse.openRuns = async function openRuns() {
 // Show the same page of another run. What an address says of latents is not true of another run's.
 function switchTo(name) {
   const { path, query } = ksparse.address();
-  const page = ["latents", "map", "search", "try"].includes(path[0]) ? path[0] : "";
+  const page = ["latents", "map", "scatter", "search", "try"].includes(path[0]) ? path[0] : "";
   const kept = { search: { q: query.get("q") }, try: { text: query.get("text") } }[page];
   location.hash = ksparse.inRun(ksparse.to(page, kept), name);
 }

@@ -35,7 +35,19 @@ ksparse.views.search = async function searchView(path, query, current) {
   await Promise.all([searchTokens(), searchTasks(), searchText()]
     .map((search) => search.catch((error) => ksparse.say(error.message))));
   if (current() && Object.values(places).every((place) => !place.hasChildNodes())) {
-    places.text.append(el("p", { class: "missing" }, "Nothing in this run has that name."));
+    places.text.append(ksparse.live
+      ? el("p", { class: "missing" }, `${nothing()}.`)
+      : ksparse.box(`${nothing()}. A server can also find the latents that fire on any text:`,
+        run.serve));
+  } else if (current() && !ksparse.live) {
+    places.text.append(el("p", { class: "note" }, "A server can also search by any text: ",
+      ksparse.command(run.serve)));
+  }
+
+  function nothing() {
+    const kinds = ["label", run.has.tokens && "token", run.has.tasks && "probe task"];
+    const list = kinds.filter(Boolean).join(" or ");
+    return `No ${list} of this run matches “${ksparse.visible(plain)}”`;
   }
 
   function section(title, aside, ...children) {
@@ -54,8 +66,8 @@ ksparse.views.search = async function searchView(path, query, current) {
     if (!run.has.tokens) return;
     const { numbers, strings } = await ksparse.load("tokens");
     const hits = strings.map((string, i) => {
-      const bare = string.replace(/[·↵⇥]/g, " ").trim();
-      return [rankToken(bare), bare.length, i];
+      const bare = ksparse.bareToken(string);
+      return [ksparse.rankToken(bare, plain), bare.length, i];
     }).filter(([rank]) => rank < 4).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
     const entries = await Promise.all(hits.slice(0, MOST_TOKENS).map(async ([, , i]) => {
       const block = await ksparse.load(`tokens/${Math.floor(numbers[i] / run.token_block)}`);
@@ -71,13 +83,6 @@ ksparse.views.search = async function searchView(path, query, current) {
           [number, ksparse.percent(share), gloss])));
     places.tokens.append(section("Tokens",
       "latents by the share of their activations that is on the token", entries.map(item)));
-  }
-
-  function rankToken(text) {
-    if (text === plain) return 0;
-    if (text.toLowerCase() === plain.toLowerCase()) return 1;
-    if (text.startsWith(plain)) return 2;
-    return text.includes(plain) ? 3 : 4;
   }
 
   async function searchTasks() {
@@ -101,11 +106,7 @@ ksparse.views.search = async function searchView(path, query, current) {
 
   // The latents that fire on the text, by how near each comes to its maximum.
   async function searchText() {
-    if (!ksparse.live) {
-      places.text.append(el("p", { class: "note" },
-        "Only a server can tell which latents fire on a text: ", el("code", {}, run.serve), "."));
-      return;
-    }
+    if (!ksparse.live) return;
     if (/^\d+$/.test(plain)) return;
     const waiting = el("p", { class: "note", role: "status" }, "Reading the text with the LM …");
     places.text.append(waiting);

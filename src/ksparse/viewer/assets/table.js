@@ -5,46 +5,51 @@ const ROWS = 50;
 
 ksparse.views.latents = async function latentsView(path, query, current) {
   const { el, run } = ksparse;
-  const columns = run.columns.filter(({ key }) => !key.startsWith("pca_"));
+  const { columns } = run;
   const ranges = columns.map(({ key }) => [key, query.get(key) ?? ""]).filter(([, range]) => range);
+  const usual = run.first.sort ?? "number";
   const state = {
-    sort: query.get("sort") ?? run.first.sort ?? "number",
+    sort: [query.get("sort"), usual]
+      .find((name) => name === "number" || columns.some(({ key }) => key === name)) ?? "number",
     up: query.get("up") === "1",
     page: Math.max(1, Number(query.get("page")) || 1),
     own: query.get("own") === "1",
+    selection: query.get("selection") ?? "", // on the map
     ranges: Object.fromEntries(ranges),
   };
   document.title = `${run.name} · latents`;
 
-  const filtered = Object.keys(state.ranges).length > 0 || state.own;
-  const isFirst = !filtered && !state.up && state.page === 1 && state.sort === run.first.sort;
+  const filtered = Object.keys(state.ranges).length > 0 || state.own || state.selection !== "";
+  const isFirst = !filtered && !state.up && state.page === 1 && state.sort === usual;
   const rows = isFirst ? firstRows() : await selectRows();
   if (!current()) return;
-  const body = el("tbody", {}, rows.numbers.map((number, i) => el("tr", {},
-    el("th", { scope: "row" }, ksparse.link(number).slice(0, 2)),
-    columns.map(({ key, kind }) =>
-      el("td", { class: "num" }, ksparse.format(rows.value(key, i), kind))),
-    run.has.raises ? el("td", { class: "words raises" }) : null,
-    el("td", { class: "words" }))));
-  ksparse.show(intro(), controls(), rows.numbers.length ? table(body) : nothing(), pages());
-  performance.mark("table");
-  await Promise.all(rows.numbers.map(async (number, i) => {
-    const [gloss, raises] = await Promise.all([rows.gloss(i), rows.raises(i)]);
-    if (current() && run.has.raises) {
-      body.rows[i].querySelector(".raises").append(
-        el("span", { class: "gloss" }, raises.map((token) => ksparse.quoted(token))));
-    }
-    if (current()) body.rows[i].lastChild.append(...ksparse.link(number, gloss).slice(2));
-  }));
+  const isStart = path.length === 0 && isFirst && !ksparse.address().path.length;
+  const place = el("div", { class: "rows" });
+  ksparse.show(isStart ? ksparse.start() : titleOfTable(),
+    run.missing && !run.missing.evaluated && !filtered ? untouched() : [controls(), place],
+    footnote());
+  await draw();
+
+  // Draw the rows with the columns that are shown now.
+  async function draw() {
+    const shown = ksparse.columns.shown([state.sort, ...Object.keys(state.ranges)]);
+    await rows.prepare(shown.filter(({ kind }) => kind).map(({ key }) => key));
+    if (!current()) return;
+    place.replaceChildren(...(rows.numbers.length
+      ? [table(shown), ksparse.columns.legend(shown), pages()].filter(Boolean)
+      : [nothing()]));
+    performance.mark("table");
+  }
 
   // ---- the rows
 
   function firstRows() {
-    const { latents, values, glosses } = run.first;
+    const { latents, values, glosses, raises, examples } = run.first;
     return {
-      numbers: latents, total: run.n,
+      numbers: latents, total: run.n, prepare: async () => {},
       value: (key, i) => values[key]?.[i], gloss: async (i) => glosses[i],
-      raises: async (i) => run.first.raises[i],
+      raises: async (i) => raises[i], example: async (i) => examples[i],
+      largest: async (i) => values.max_act?.[i],
     };
   }
 
@@ -56,10 +61,11 @@ ksparse.views.latents = async function latentsView(path, query, current) {
     const values = Object.fromEntries(await Promise.all([...keys].map(read)));
     const tests = Object.entries(state.ranges)
       .map(([key, range]) => [values[key], ...parseRange(key, range)]);
-    const candidates = state.own
-      ? ksparse.labels.numbers()
+    const selected = state.selection
+      ? await ksparse.selection.latents(state.selection)
       : Array.from({ length: run.n }, (_, i) => i);
-    const numbers = candidates.filter((i) =>
+    const own = state.own ? new Set(ksparse.labels.numbers()) : null;
+    const numbers = selected.filter((i) => (own?.has(i) ?? true) &&
       tests.every(([column, least, most]) => column[i] >= least && column[i] <= most));
     const by = values[state.sort];
     if (by) {
@@ -72,11 +78,15 @@ ksparse.views.latents = async function latentsView(path, query, current) {
     const total = numbers.length;
     state.page = Math.min(state.page, Math.max(1, Math.ceil(total / ROWS)));
     const page = numbers.slice((state.page - 1) * ROWS, state.page * ROWS);
-    const all = Object.fromEntries(await Promise.all(columns.map(({ key }) => read(key))));
     return {
       numbers: page, total,
-      value: (key, i) => all[key][page[i]], gloss: (i) => ksparse.gloss(page[i]),
-      raises: (i) => ksparse.raises(page[i]),
+      async prepare(needed) {
+        const missing = needed.filter((key) => !values[key]);
+        Object.assign(values, Object.fromEntries(await Promise.all(missing.map(read))));
+      },
+      value: (key, i) => values[key][page[i]], gloss: (i) => ksparse.gloss(page[i]),
+      raises: (i) => ksparse.raises(page[i]), example: (i) => ksparse.example(page[i]),
+      largest: async (i) => (await ksparse.largestValues())?.[page[i]],
     };
   }
 
@@ -90,29 +100,69 @@ ksparse.views.latents = async function latentsView(path, query, current) {
 
   // ---- what is shown
 
-  function table(rowsOfBody) {
-    const headings = columns.map(({ key, label, reading }) => heading(key, label, reading));
+  function table(shown) {
+    const headings = shown.map(({ key, label, kind, reading }) => (kind
+      ? heading(key, label, reading)
+      : el("th", { scope: "col", title: reading }, label)));
     return el("div", {
       class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of latents",
-    }, el("table", { class: "latents" }, el("thead", {}, el("tr", {},
-      heading("number", "Latent", "Number of the latent"), headings,
-      run.has.raises
-        ? el("th", { scope: "col", title: "Tokens that its decoder row raises most" }, "Raises")
-        : null,
-      el("th", { scope: "col" }, "Fires on"))), rowsOfBody));
+    }, el("table", { class: "latents" },
+      el("thead", {}, el("tr", {}, heading("number", "Latent", "Number of the latent"), headings)),
+      el("tbody", {}, rows.numbers.map((number, i) => el("tr", {},
+        el("th", { scope: "row" }, ksparse.link(number).slice(0, 2)),
+        shown.map((column) => cell(column, number, i)))))));
+  }
+
+  function cell({ key, kind, label }, number, i) {
+    if (kind) {
+      return el("td", { class: "num", "data-label": label },
+        ksparse.format(rows.value(key, i), kind));
+    }
+    const td = el("td", { class: `words ${key}` });
+    fill(key, number, i).then((content) => td.append(...content))
+      .catch((error) => ksparse.say(error.message));
+    return td;
+  }
+
+  // The content of a cell of words, which may have to be loaded.
+  async function fill(key, number, i) {
+    if (key === "example") {
+      const [example, largest] = await Promise.all([rows.example(i), rows.largest(i)]);
+      return [ksparse.snippet(example, largest)];
+    }
+    const [gloss, raises] = await Promise.all([rows.gloss(i), rows.raises(i)]);
+    if (key === "words") return ksparse.words(number, raises, gloss);
+    const tokens = key === "raises"
+      ? raises.map((token) => ksparse.quoted(token))
+      : gloss.map(([token, share]) => ksparse.quoted(token, `${Math.round(100 * share)} %`));
+    return [el("span", { class: "gloss" }, tokens)];
   }
 
   function nothing() {
     return el("p", { class: "missing" }, "No latent matches the filter.");
   }
 
-  function intro() {
-    return el("div", { class: "intro" },
-      el("h1", {}, run.name), el("p", { class: "summary" }, run.summary),
-      run.lacks.map(({ adds, command }) => ksparse.missing(adds, command)),
-      ksparse.live ? null : el("p", { class: "note" },
-        "These pages work without a server. ", el("code", {}, run.serve),
-        " starts one, which can also search by any text and show what holding a latent does."));
+  function titleOfTable() {
+    return [el("h1", {}, "Latents"),
+      run.missing && !run.missing.evaluated ? ksparse.notEvaluated() : null];
+  }
+
+  // What can be seen of a run that was not evaluated: a table would be bare numbers.
+  function untouched() {
+    const ways = [
+      run.has.weights ? ["#/latent/0", "each latent’s nearest ones"] : null,
+      run.has.weights ? ["#/map", "the map"] : null,
+      ksparse.live ? ["#/try", "the latents of a text"] : null,
+    ].filter(Boolean);
+    if (!ways.length) return null;
+    return el("p", { class: "note" }, "Already here: ", ways.map(([href, text], i) =>
+      [i ? " · " : null, el("a", { href }, text)]));
+  }
+
+  function footnote() {
+    return ksparse.live ? null : el("p", { class: "note" },
+      "These pages work without a server. This command starts one, which can also search by any " +
+      "text and change what a latent does: ", ksparse.command(run.serve));
   }
 
   function heading(key, label, title) {
@@ -130,6 +180,7 @@ ksparse.views.latents = async function latentsView(path, query, current) {
     const all = `${ksparse.count(run.n)} latents`;
     return el("div", { class: "controls" },
       el("p", { class: "tally" }, filtered ? `${ksparse.count(rows.total)} of ${all}` : all),
+      state.selection ? selectionOnMap() : null,
       el("label", {}, el("input", {
         type: "checkbox", id: "own", checked: state.own,
         on: { change: (event) => go({ own: event.target.checked, page: 1 }) },
@@ -140,7 +191,17 @@ ksparse.views.latents = async function latentsView(path, query, current) {
           on: { click: () => ksparse.labels.download() },
         }, "Export labels")
         : null,
-      columns.length ? filterForm() : null);
+      columns.length ? filterForm() : null, ksparse.columns.menu(draw));
+  }
+
+  function selectionOnMap() {
+    const to = ksparse.to("map", { selection: state.selection });
+    return el("span", { class: "chip", id: "selection" },
+      el("a", { href: to }, "selection on the map"),
+      el("button", {
+        type: "button", class: "button small", "aria-label": "Clear the selection",
+        on: { click: () => go({ selection: "", page: 1 }) },
+      }, "×"));
   }
 
   function filterForm() {
@@ -185,10 +246,10 @@ ksparse.views.latents = async function latentsView(path, query, current) {
   }
 
   function address(changes) {
-    const { sort, up, page, own, ranges: selected } = { ...state, ...changes };
+    const { sort, up, page, own, selection, ranges: selected } = { ...state, ...changes };
     return ksparse.to("latents", {
-      sort: sort === run.first.sort && !up ? "" : sort, up: up ? 1 : "",
-      page: page > 1 ? page : "", own: own ? 1 : "", ...selected,
+      sort: sort === usual && !up ? "" : sort, up: up ? 1 : "",
+      page: page > 1 ? page : "", own: own ? 1 : "", selection, ...selected,
     });
   }
 
