@@ -84,6 +84,14 @@ def test_each_run_has_its_own_resources_labels_and_report(pair):
     assert (pair[1].path / "labels.json").exists() and not (pair[0].path / "labels.json").exists()
 
 
+def test_runs_of_the_same_folder_name_are_told_apart(trained, tmp_path):
+    (tmp_path / "b").mkdir()
+    copy = open_run(shutil.copytree(trained.path, tmp_path / "b" / "tiny"))
+    runs = Runs([trained, copy])
+    assert runs.resource("run/tiny/overview")["name"] == "tiny"
+    assert runs.resource("run/tiny (2)/overview")["name"] == "tiny (2)"
+
+
 def test_a_text_is_read_with_the_sae_of_the_run_that_is_asked(pair):
     with serving(*pair) as port:
         answers = [
