@@ -95,7 +95,7 @@ def test_columns_are_the_files_numbers(resources, files):
     )
     assert {column["key"] for column in resources.get("overview")["columns"]} == {
         column.key for column in COLUMNS
-    } - {"detection"}
+    } - {"detection", "found_in", "nearest", "token_rate"}, "those of evaluations that ran"
 
 
 def test_a_latents_examples_are_the_files_tokens_and_values(resources, files, trained):

@@ -315,7 +315,7 @@ class Result(dict[str, Any]):
         shown = {key for keys in beside.values() for key in keys}
         words = (count_of(self.get(f"n_{what}"), what) for what in ("tokens", "documents"))
         place = f"{self['lm']} at {self['site']}" if self.get("lm") else ""
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 key,
                 display.format_estimate(value),
@@ -327,7 +327,7 @@ class Result(dict[str, Any]):
             if key not in shown
         ]
         header: tuple[str, ...] = ("number", "value ± se", "beside it")
-        if not any(beside for _, _, beside in rows):
+        if not any(row[2] for row in rows):
             header, rows = header[:2], [row[:2] for row in rows]
         return display.Table(
             " · ".join(part for part in (str(self.get("name")), place, *words) if part),

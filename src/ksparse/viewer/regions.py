@@ -75,7 +75,7 @@ def find(places: np.ndarray) -> np.ndarray:
 def _climb(density: np.ndarray) -> np.ndarray:
     """Return the rank of the peak that each cell leads up to, [cells]; 0 is the highest."""
     padded = np.pad(density, 1, constant_values=-1.0)
-    rows, columns = np.indices(density.shape)
+    rows, columns = np.arange(GRID)[:, None], np.arange(GRID)
     best, target = density.copy(), rows * GRID + columns
     for down in (-1, 0, 1):
         for right in (-1, 0, 1):
@@ -84,8 +84,9 @@ def _climb(density: np.ndarray) -> np.ndarray:
             best = np.where(steeper, other, best)
             target = np.where(steeper, (rows + down) * GRID + columns + right, target)
     leads: np.ndarray = target.ravel()
-    while not np.array_equal(further := leads[leads], leads):
-        leads = further
+    further: np.ndarray = leads[leads]
+    while not np.array_equal(further, leads):
+        leads, further = further, further[further]
     found, numbers = np.unique(leads, return_inverse=True)
     ranks = np.empty(len(found), int)
     ranks[np.argsort(-density.ravel()[found], kind="stable")] = np.arange(len(found))
