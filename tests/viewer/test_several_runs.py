@@ -27,7 +27,8 @@ from .conftest import TOKEN, Browser, N, serving  # noqa: E402
 from .test_server import ask, viewing  # noqa: E402
 
 SHIFT = 5
-ODD = "a?b#c%41 d"  # a folder's name that an address must escape
+ODD = "a?b#c%41 <b>d"  # a folder's name that an address and a page must escape
+QUOTED = "a%3Fb%23c%2541%20%3Cb%3Ed"
 
 
 def shift(run: RunFolder, folder: Path) -> RunFolder:
@@ -63,25 +64,32 @@ def get(port: int, path: str) -> dict:
 
 
 def test_each_run_has_its_own_resources_labels_and_report(pair):
-    second = "a%3Fb%23c%2541%20d"
     (pair[1].path / "report.html").write_text("<!DOCTYPE html><title>the second</title>")
     with serving(*pair) as port:
         listed = get(port, "/data/runs.json")["runs"]
         assert [(each["name"], each["n"]) for each in listed] == [("tiny", N), (ODD, N)]
         assert get(port, "/data/overview.json")["name"] == "tiny"
         assert get(port, "/data/run/tiny/overview.json")["name"] == "tiny"
-        assert get(port, f"/data/run/{second}/overview.json")["name"] == ODD
+        assert get(port, f"/data/run/{QUOTED}/overview.json")["name"] == ODD
         body = {"run": ODD, "latent": 3, "label": "of the second", "star": False}
         assert ask(port, "/api/label", method="POST", body=body)[0] == 200
         assert get(port, "/data/run/tiny/labels.json")["latents"] == {}
-        assert list(get(port, f"/data/run/{second}/labels.json")["latents"]) == ["3"]
-        assert b"the second" in ask(port, f"/report.html?run={second}")[2]
+        assert list(get(port, f"/data/run/{QUOTED}/labels.json")["latents"]) == ["3"]
+        assert b"the second" in ask(port, f"/report.html?run={QUOTED}")[2]
         assert b"the second" not in ask(port, "/report.html")[2]
         assert (
             b"there is no run 'third' here; there are tiny, "
             in ask(port, "/report.html?run=third")[2]
         )
     assert (pair[1].path / "labels.json").exists() and not (pair[0].path / "labels.json").exists()
+
+
+def test_runs_of_the_same_folder_name_are_told_apart(trained, tmp_path):
+    (tmp_path / "b").mkdir()
+    copy = open_run(shutil.copytree(trained.path, tmp_path / "b" / "tiny"))
+    runs = Runs([trained, copy])
+    assert runs.resource("run/tiny/overview")["name"] == "tiny"
+    assert runs.resource("run/tiny (2)/overview")["name"] == "tiny (2)"
 
 
 def test_a_text_is_read_with_the_sae_of_the_run_that_is_asked(pair):
@@ -225,7 +233,7 @@ def hash_of(browser: Browser) -> str:
     return browser.js("return location.hash")
 
 
-IN_ODD = "#/run/a%3Fb%23c%2541%20d/"
+IN_ODD = f"#/run/{QUOTED}/"
 
 
 def test_the_switch_shows_another_run_and_the_way_back_leads_to_the_first(

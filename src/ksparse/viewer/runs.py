@@ -63,7 +63,9 @@ class ShownRun:
         if name == "example":
             return {"text": self.resources.current().data.example}
         resource = self.resources.current().get(name)
-        return resource | {"live": True} if resource and name == "overview" else resource
+        if resource is None or name != "overview":
+            return resource
+        return resource | {"live": True, "name": self.name}  # no other run here has this name
 
 
 class Runs:

@@ -240,10 +240,11 @@ ksparse.quoted = (token, remark) =>
   ksparse.el("span", { class: "pair" }, ksparse.el("bdi", {}, `"${token}"`),
     remark == null ? null : ksparse.el("span", { class: "aside" }, remark));
 
-// A link to a latent: its number, its star, and its label or the tokens that it fires on.
-ksparse.link = function link(number, gloss) {
-  const { label, star } = ksparse.labels.of(number);
-  const explained = ksparse.labels.explained[number]?.text;
+// A link to a latent: its number, its star, and its label or the tokens that it fires on; of the run
+// that is shown, or of another that was opened.
+ksparse.link = function link(number, gloss, { name, all, explained: by } = ksparse.labels) {
+  const { label, star } = ksparse.labels.of(number, all);
+  const explained = by[number]?.text, href = ksparse.inRun(`#/latent/${number}`, name);
   const words = label
     ? [ksparse.el("bdi", { class: "own" }, ksparse.visible(label))]
     : explained
@@ -251,7 +252,7 @@ ksparse.link = function link(number, gloss) {
         ksparse.visible(explained))]
       : (gloss ?? []).map(([token, share]) => ksparse.quoted(token, `${Math.round(100 * share)} %`));
   return [
-    ksparse.el("a", { class: "to", href: `#/latent/${number}` }, String(number)),
+    ksparse.el("a", { class: "to", href }, String(number)),
     star ? ksparse.el("span", { class: "starred", title: "starred" }, "★") : null,
     ksparse.el("span", { class: "gloss" }, words),
   ];

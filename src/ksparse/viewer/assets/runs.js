@@ -79,15 +79,6 @@ function showHeader() {
   }
 }
 
-// What is known of a latent of some run, in a few words.
-function words({ all, explained }, number, gloss) {
-  const own = ksparse.labels.of(number, all).label, by = explained[number]?.text;
-  if (own) return ksparse.el("bdi", { class: "own" }, ksparse.visible(own));
-  if (by) return ksparse.el("bdi", { class: "explained" }, ksparse.visible(by));
-  return (gloss ?? []).map(([token, share]) =>
-    ksparse.quoted(token, `${Math.round(100 * share)} %`));
-}
-
 // ---- the nearest latents in other runs
 
 // One panel for each other run, which fills itself when the answer is there.
@@ -110,8 +101,7 @@ ksparse.nearestElsewhere = function nearestElsewhere(number, current) {
         class: "said", title: "Side by side",
         href: `#/beside/${number}/${encodeURIComponent(name)}/${latent}`,
       }, `${cosine.toFixed(2)} ⇄`),
-      el("a", { class: "to", href: ksparse.inRun(`#/latent/${latent}`, name) }, String(latent)),
-      el("span", { class: "gloss" }, words(other, latent, gloss)));
+      ksparse.link(latent, gloss, other));
     const nothing = why ? `${why}.` : "None.";
     list.replaceChildren(
       ...(near?.length ? near.map(row) : [el("p", { class: "none" }, nothing)]));
@@ -159,10 +149,7 @@ ksparse.views.beside = async function besideView(path, query, current) {
   }
 
   function title(side) {
-    return [
-      el("a", { href: ksparse.inRun(`#/latent/${side.number}`, side.name) },
-        `${side.name} · ${side.number}`),
-      el("span", { class: "gloss aside" }, words(side, side.number, side.gloss))];
+    return [`${side.name} · `, ksparse.link(side.number, side.gloss, side)];
   }
 
   // Those that are known of either, at the same places.

@@ -51,5 +51,5 @@ ksparse.start = function start() {
 ksparse.placeSearch = function placeSearch(place) {
   const form = document.getElementById("search-form");
   if (place) place.append(form);
-  else document.getElementById("brand").after(form);
+  else (document.getElementById("run") ?? document.getElementById("brand")).after(form);
 };
