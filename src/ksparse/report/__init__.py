@@ -75,7 +75,7 @@ def draw_figures(run: RunFolder) -> dict[str, Figure]:
     Example:
         >>> import ksparse
         >>> list(ksparse.open_run("runs/demo").figures())[-1]
-        'latents-cosine'
+        'training-l0'
     """
     from ksparse.report import page
 
