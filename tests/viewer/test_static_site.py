@@ -54,7 +54,7 @@ def test_the_marker_lists_what_was_written_and_the_page_names_all_that_it_loads(
     assert mark == {"format": 2, "run": "run", "files": sorted(files)}
     loaded = re.findall(r'(?:src|href)="([^"#]+\.(?:js|css))"', page.read_text())
     assert (
-        len(loaded) == 9
+        len(loaded) == 11
         and {*loaded} < {*files}
         and files["report.html"] == bare.report_file.read_bytes()
     )
