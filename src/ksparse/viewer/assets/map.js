@@ -345,7 +345,7 @@ ksparse.views.map = async function mapView(path, query, current) {
   async function setSelection(text) {
     state.selection = text;
     // The address of the selection, without showing this page anew.
-    history.replaceState(null, "", address());
+    history.replaceState(null, "", ksparse.inRun(address()));
     redraw();
     await showSelection();
   }
