@@ -105,6 +105,7 @@ def test_a_run_with_all_results_has_every_section(whole, page) -> None:
         "What was run",
         "Is it good?",
         "What its latents know",
+        "Better than an artefact?",
         "How it trained",
         "Codes and latents in detail",
         "Example latents",
