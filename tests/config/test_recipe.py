@@ -63,6 +63,8 @@ def sections(kind):
                 (SAEConfig, "activation"),
                 (SAEConfig, "prefixes"),
                 (SAEConfig, "prefix_draws"),
+                (SAEConfig, "decoder_cosine_min"),
+                (ActsConfig, "lm_weights"),
                 (OptimConfig, "decay"),
                 (CurveConfig, "window"),
                 (MeshConfig, "capacity"),

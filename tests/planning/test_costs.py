@@ -348,6 +348,7 @@ def test_every_part_of_the_memory_has_a_word_on_what_makes_it_smaller():
         **costs.memory(case(curve__held_out=1), MeshConfig(2, 2)),
         **costs.memory(case(DEVICES["laptop"], step="native"), MeshConfig()),
         **costs.memory(case(step="triton", optim__approx_topk="int8"), MeshConfig()),
+        **costs.memory(case(sae__decoder_cosine_min=0.8), MeshConfig()),
     }
     assert set(everything) == set(costs.SMALLER)
 

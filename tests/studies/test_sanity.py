@@ -116,6 +116,8 @@ def test_an_unfinished_run_has_no_controls(small_recipe, tmp_path, asked):
         controls.asked_run(Study("sanity", asked(run=str(tmp_path / "half"))))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_page_answers_and_what_is_there_is_not_done_again(run, asked, monkeypatch):
     path = studies.run("sanity", asked("seeds", "frozen_decoder", "redrawn"))
     assert path == run.path / "sanity"

@@ -112,7 +112,7 @@ def summarize(evidence: SanityEvidence) -> dict[str, Any]:
     found = [question for question in asked if question is not None]
     recipe = subject.recipe
     return {
-        "question": f"Is the autoencoder of {subject.run.name} better than an artefact?",
+        "question": f"Is the autoencoder of the run {subject.run.name} better than an artefact?",
         "setup": {
             "tokens": recipe.tokens,
             "latents": recipe.sae.n_latents,
