@@ -9,6 +9,7 @@ is only written if all its cells ran and nothing in it names a place on this mac
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -46,6 +47,8 @@ def main() -> None:
 def execute(file: Path) -> Any:
     """Return a notebook, run from its first cell to its last, with the outputs that are kept."""
     notebook = nbformat.read(file, as_version=4)
+    # tqdm, which other libraries import, warns where there are no widgets, and names its file
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook, timeout=1_800, resources={"metadata": {"path": folder}}, record_timing=False

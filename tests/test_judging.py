@@ -4,7 +4,6 @@ import builtins
 import dataclasses
 import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -105,14 +104,6 @@ def test_a_prompt_and_a_notebook_show_the_table_once_as_the_value_that_is_return
     monkeypatch.setattr(display, "place", lambda: "notebook")
     display.show("a second table")
     assert "second" not in stream.getvalue() + capsys.readouterr().out
-
-
-def test_a_notebook_without_widgets_has_no_warning_of_a_bar_that_we_do_not_draw():
-    script = "import ksparse, warnings; warnings.warn('IProgress not found. Please update')"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_progress_is_shown_by_the_outermost_alone():

@@ -11,11 +11,7 @@
 Names are imported when they are first used, so `import ksparse` does not import torch.
 """
 
-import warnings
 from typing import Any
-
-# tqdm, which other libraries import, warns in a notebook without widgets; we draw no bar with it.
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 _MODULE_OF = {
     "Code": "ksparse.sae.model",

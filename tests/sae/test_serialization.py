@@ -415,8 +415,10 @@ def test_the_policy_in_metadata_has_the_keys_that_a_corpus_writes(small_acts):
     from ksparse.data.contexts import Corpus
     from ksparse.lm.model import LM
 
-    lm = LM(acts=small_acts(), device="cpu")
+    lm = LM(acts=small_acts(shuffle_tokens=True), device="cpu")
     assert set(Corpus(lm.options, lm.tokenizer, "train").policy()) == set(serialization.POLICY)
+    lm = LM(acts=small_acts(), device="cpu")
+    assert "shuffle_tokens" not in Corpus(lm.options, lm.tokenizer, "train").policy()
 
 
 def test_an_sae_that_names_no_lm_is_not_taken_for_one_of_the_default(sae):

@@ -227,7 +227,7 @@ def test_nothing_on_the_page_is_clipped_or_scrolls_inside(page: Browser, width: 
             )
             == []
         )
-        assert page.js(
+        page.until(  # it may scroll there smoothly
             "const { top } = document.querySelector('#continuations').getBoundingClientRect();"
             "return top >= 0 && top < innerHeight"
         )

@@ -198,7 +198,8 @@ class AutogradStep:
             for key, rows in (new_rows or {}).items():
                 if key not in self.frozen:
                     self._restart(key, dead, rows)
-            self._constrain_decoder(self.sae)
+            if self.start is not None:
+                hold_(self.sae.W_dec, self.start, self.recipe.sae.decoder_cosine_min)
 
     def _restart(self, key: str, latents: Tensor, rows: Tensor) -> None:
         """Replace the rows of some latents in one tensor, with Adam's moments at 0 and the average
