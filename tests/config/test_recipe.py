@@ -64,6 +64,7 @@ def sections(kind):
                 (SAEConfig, "prefixes"),
                 (SAEConfig, "prefix_draws"),
                 (SAEConfig, "decoder_cosine_min"),
+                (SAEConfig, "k_start"),
                 (ActsConfig, "lm_weights"),
                 (OptimConfig, "decay"),
                 (CurveConfig, "window"),

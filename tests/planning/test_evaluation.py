@@ -59,6 +59,25 @@ def test_direct_logits_take_work_for_each_latent_and_token_of_the_vocabulary():
     assert evaluation.seconds("stats", case(LARGE), 1e9) > by_hand / 1e9
 
 
+def test_each_loss_that_progressive_and_refinement_measure_is_counted():
+    from ksparse.evals import progressive
+
+    assert evaluation.PROGRESSIVE == 2 * len(progressive.MULTIPLES) + 1
+    options = EvalConfig(tokens=1_000, progressive_tokens=500, refine_tokens=1_000)
+
+    def work(*names):
+        part = evaluation.parts(names, case(LARGE, options=options))[
+            f"pass 1: {evaluation.READING}"
+        ]
+        return part.work
+
+    large = case(LARGE, options=options)
+    passes = (evaluation.PROGRESSIVE * 0.5 + 1) * 1_000
+    more = work("downstream", "progressive", "refinement") - work("downstream")
+    assert more == pytest.approx(passes * (large.after + large.head))
+    assert work("progressive") > work("stats")
+
+
 def test_what_each_sae_needs_is_reported_in_a_round_of_its_own():
     for part, expected in evaluation.parts(list(registry.DEFAULT), case(saes=3)).items():
         shared = ("pass", "reading Python", "labelling", "counting")

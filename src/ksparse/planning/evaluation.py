@@ -46,6 +46,9 @@ SEQUENCES = 6
 LOGIT = 600
 """FLOPs of the LM that take as long as to see whether a direct logit is among the largest and in
 which bin it lies; measured on a CPU."""
+PROGRESSIVE = 23
+"""Losses of the LM that `progressive` measures for a token: each of 11 k' by TopK and by a
+threshold, and with all positive latents."""
 TASKS = 40
 """Tasks of a suite of probes, about."""
 _SECONDS = {
@@ -143,11 +146,12 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
             case.to_site * sample, 0, _SECONDS["text"] * sample
         )
     if set(names) - {"probes"}:
-        flops = case.encode + (
-            case.body + (2 + saes) * case.after + (3 + 2 * saes) * case.head
-            if whole_passes
-            else case.to_site
-        )
+        more = _spliced_passes(names, case, options)
+        flops = case.encode + round(more * (case.after + case.head))
+        if whole_passes:
+            flops += case.body + (2 + saes) * case.after + (3 + 2 * saes) * case.head
+        else:
+            flops += case.body + case.head if more else case.to_site
         result[f"pass 1: {READING}"] = Expected(flops * tokens, tokens, _SECONDS["text"] * tokens)
     for name in names:
         result |= {f"{name}: {what}": part for what, part in _phases(name, case, names).items()}
@@ -157,6 +161,17 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
             flops * tokens, tokens, _SECONDS["text"] * tokens
         )
     return result
+
+
+def _spliced_passes(names: Sequence[str], case: EvalCase, options: EvalConfig) -> float:
+    """Return how many passes of the LM from the site on `progressive` and `refinement` take, for a
+    token of the text on average."""
+    passes = 0.0
+    if "progressive" in names:
+        passes += PROGRESSIVE * min(1.0, options.progressive_tokens / options.tokens)
+    if "refinement" in names:
+        passes += min(1.0, options.refine_tokens / options.tokens)
+    return passes * case.saes
 
 
 def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expected]:
