@@ -96,7 +96,7 @@ def test_columns_are_the_files_numbers(resources, files):
     )
     assert {column["key"] for column in resources.get("overview")["columns"]} == {
         column.key for column in COLUMNS
-    } - {"detection"} | {"pca_1", "pca_2"}
+    } - {"detection", "found_in", "nearest", "token_rate"} | {"pca_1", "pca_2"}
 
 
 def test_a_latents_examples_are_the_files_tokens_and_values(resources, files, trained):
