@@ -21,8 +21,9 @@ import torch
 
 from ksparse import display, distributed
 from ksparse import progress as reports
-from ksparse.config import Recipe, check_schedule, differences, recipe_of, to_toml
+from ksparse.config import ActsConfig, Recipe, check_schedule, differences, recipe_of, to_toml
 from ksparse.data.shards import Shards
+from ksparse.data.tensors import is_index
 from ksparse.device import resolve_device
 from ksparse.distributed import Mesh
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
@@ -143,6 +144,8 @@ def train_many(
         if not unfinished:
             return runs
         source = open_source(shared, torch.device(device), *([mesh] if mesh.size > 1 else []))
+        for run, _, saved in unfinished:
+            _check_unchanged(run, saved, source)
         reports.expect(_expected_parts(source, unfinished))
         trainers = [
             SAETrainer(run, recipe, source, *(saved or start(recipe, source, mesh)), saver, observe)
@@ -237,8 +240,18 @@ def shared_stream(recipes: Sequence[Recipe]) -> Recipe:
 
 
 def _with_lm_dtype(recipe: Recipe, device: str) -> Recipe:
-    """Return a recipe that says in which precision its LM runs; of shards, in which it ran."""
+    """Return a recipe that says in which precision its LM runs; of shards, in which it ran; and of
+    tensors that anybody made, no LM unless one was given."""
     acts = recipe.acts
+    if acts.shards and is_index(acts.shards):
+        unsaid = {
+            key: ""
+            for key in ("lm", "site", "text")
+            if getattr(acts, key) == getattr(ActsConfig, key)
+        }
+        return dataclasses.replace(
+            recipe, acts=dataclasses.replace(acts, lm_dtype="float32", **unsaid)
+        )
     if acts.lm_dtype != "auto":
         return recipe
     if acts.shards:
@@ -289,6 +302,18 @@ def _restore_unfinished(
         for run, recipe, saved in zip(runs, recipes, restored)
         if saved is None or not finished(recipe, saved[0])
     ]
+
+
+def _check_unchanged(run: RunFolder, saved: Saved | None, source: ActivationSource) -> None:
+    """Raise InputError if a run was begun on tensors that have been indexed anew since, with other
+    content."""
+    policy = saved[1].sae.metadata.get("policy") or {} if saved else source.policy
+    if policy.get("tensors") != source.policy.get("tensors"):
+        raise InputError(
+            f"{run.path} was begun on other activations than {source.recipe.acts.shards} has now: "
+            "it was indexed again with other files or content. Bring the old ones back, or give "
+            "another --out"
+        )
 
 
 def set_threads(number: int) -> None:
