@@ -135,6 +135,12 @@ def test_the_examples_with_other_libraries_run(tmp_path, monkeypatch, small_reci
     assert names["copy"].shape.normalize == "layer_norm"
 
 
+def test_the_example_with_activations_from_anywhere_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks("docs/own-activations.md"), "docs/own-activations.md", "exec"), {})
+    assert (tmp_path / "runs" / "mine" / "acts" / "00000.safetensors").is_file()
+
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:^|`|-m )ksparse ([a-z]+)((?: [^`\n]*)?)", re.MULTILINE)
 

@@ -62,7 +62,7 @@ class ShardStream:
                 first = self.shards.describe(int(rows[int(bad.nonzero()[0])]))
                 raise NonFiniteError(
                     f"{int(bad.sum())} activations of {self.shards.folder} are NaN or infinite, "
-                    f"the first: {first}"
+                    f"the first in {first}"
                 )
             yield ActivationBatch(x, documents, {"step": step + 1})
             step += 1

@@ -359,9 +359,8 @@ class Shards:
         return [self.names[i] for i in documents]
 
     def describe(self, row: int) -> str:
-        """Return the folder of a row and the name of its document, for messages."""
-        number = int(self.documents(np.array([row]))[0])
-        return f"{self.folder}, document {self.names[number]!r}"
+        """Return the name of a row's document, for messages."""
+        return f"document {self.names[int(self.documents(np.array([row]))[0])]!r}"
 
     @property
     def policy(self) -> dict[str, Any]:

@@ -30,11 +30,6 @@ BATCH = 4_096
 """Rows read at a time."""
 
 
-def reads_rows(metadata: dict[str, Any]) -> bool:
-    """Return whether an SAE was trained on tensors that anybody made."""
-    return bool((metadata.get("policy") or {}).get("tensors"))
-
-
 class RowBatch(Memo):
     """A batch of rows."""
 
@@ -164,7 +159,7 @@ def open_rows(saes: dict[str, SAE], options: EvalConfig, device: str) -> HeldOut
     """
     if options.text:
         raise InputError(
-            "--text was given, and these SAEs were trained on activations of no known LM; name it: "
+            "--text was given, and these SAEs were trained on activations alone; name their LM: "
             "ksparse eval SAE --lm NAME --site SITE --text FILE --out DIR"
         )
     (label, first), *others = saes.items()
@@ -186,6 +181,6 @@ def check_without_text(names: Sequence[str], needs_text: dict[str, bool]) -> Non
         able = ", ".join(name for name, needs in needs_text.items() if not needs)
         raise InputError(
             f"{', '.join(needing)} {'needs' if len(needing) == 1 else 'need'} an LM and text, and "
-            "this SAE was trained on activations of no known LM; on its held-out rows there are "
+            "this SAE was trained on activations alone; on its held-out rows there are "
             f"{able}. With an LM: ksparse eval SAE --lm NAME --site SITE --text FILE --out DIR"
         )

@@ -41,7 +41,7 @@ from ksparse.errors import CorruptError, InputError
 from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import HeldOut, HeldOutPass, SAEBatch, acts_of
 from ksparse.evals.registry import DEFAULT, EVALS, check_names
-from ksparse.evals.rows import HeldOutRows, RowPass, check_without_text, open_rows, reads_rows
+from ksparse.evals.rows import HeldOutRows, RowPass, check_without_text, open_rows
 from ksparse.evals.statistics import Result
 from ksparse.lm import provenance
 from ksparse.lm.model import LM
@@ -168,8 +168,12 @@ def _evaluate_many(
             f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)"
         )
     options = options.resolved()
-    if lm is None and like is None and any(reads_rows(sae.metadata) for sae in saes.values()):
-        names = applicable(names, saes)
+    if (
+        lm is None
+        and like is None
+        and any(provenance.made_by_others(sae.metadata) for sae in saes.values())
+    ):
+        names, options = applicable(names, saes), dataclasses.replace(options, examples=0)
         data: HeldOut | HeldOutRows = open_rows(saes, options, resolve_device(options.device))
         notes: dict[str, list[str]] = {label: [] for label in saes}
     else:
@@ -194,6 +198,13 @@ def _open_text(
     saes: dict[str, SAE], lm: LM | None, options: EvalConfig, like: ActsConfig | None
 ) -> tuple[HeldOut, dict[str, list[str]]]:
     """Return the held-out text of SAEs, and the notes on the provenance of each."""
+    if not (options.text or like):
+        for label, sae in saes.items():
+            if provenance.made_by_others(sae.metadata):
+                raise InputError(
+                    f"{label or 'this SAE'} was trained on activations alone; give the text to "
+                    "judge it on (--text, or text=)"
+                )
     progress.report("loading the LM")
     lm = lm or load_lm(next(iter(saes.values())), options.device)
     acts = _common_acts(saes, lm, options, like)
@@ -208,7 +219,10 @@ def applicable(names: Sequence[str], saes: dict[str, SAE]) -> tuple[str, ...]:
     Raises:
         InputError: an evaluation needs text, and was named for an SAE of activations without.
     """
-    names, of_rows = tuple(names), [reads_rows(sae.metadata) for sae in saes.values()]
+    names, of_rows = (
+        tuple(names),
+        [provenance.made_by_others(sae.metadata) for sae in saes.values()],
+    )
     if not any(of_rows):
         return names
     if not all(of_rows):
@@ -220,8 +234,8 @@ def applicable(names: Sequence[str], saes: dict[str, SAE]) -> tuple[str, ...]:
     if set(names) == set(DEFAULT):
         names = tuple(name for name in names if not needs_text[name])
         log.warning(
-            "%s are left out: they need an LM and text, and this SAE was trained on activations of "
-            "no known LM",
+            "%s are left out: they need an LM and text, and this SAE was trained on activations "
+            "alone",
             ", ".join(name for name in DEFAULT if needs_text[name]),
         )
     check_without_text(names, needs_text)
@@ -392,7 +406,10 @@ def read_kept(
     Returns:
         The result as `RunFolder.eval` gives it; None where there is none to keep.
     """
-    options, acts = options.resolved(), acts or serialization.acts_of(metadata, named=False)
+    options = options.resolved()
+    if acts is None and provenance.made_by_others(metadata):
+        options = dataclasses.replace(options, examples=0)
+    acts = acts or serialization.acts_of(metadata, named=False)
     acts = dataclasses.replace(acts, text=options.text or acts.text)
     try:
         result = run.eval(file_name(name, options))

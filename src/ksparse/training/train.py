@@ -32,7 +32,7 @@ from ksparse.planning.plan import explain_memory
 from ksparse.planning.sharing import stream_key
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
-from ksparse.training import checkpoint
+from ksparse.training import checkpoint, own_data
 from ksparse.training.checkpoint import TrainState
 from ksparse.training.resume import check_same, restore
 from ksparse.training.source import TRAINING, ActivationSource
@@ -51,6 +51,7 @@ def train(
     recipe: Recipe | Path | str | dict[str, Any] | None = None,
     out: Path | str | None = None,
     *,
+    data: Any = None,
     observe: MetricsCallback = lambda row: None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -61,6 +62,9 @@ def train(
     Args:
         recipe: what to train: a recipe, a TOML file or nested dictionaries; by default the demo's.
         out: the run's folder; runs/HASH by default, with a hash of the recipe.
+        data: activations to train on in place of an LM's: a numpy array or torch tensor [rows, d],
+            an iterator of them, which is written to the run's folder first, or a folder or file
+            (docs/own-activations.md).
         observe: called with each row of metrics.
         trust_remote_code: allow code that comes with the LM to run, during this call.
         progress: show how far it is on standard error: a bar on a terminal, one line in a notebook,
@@ -84,6 +88,10 @@ def train(
         ... )
         >>> ksparse.load(run).metadata["step"]
         2
+        >>> import torch
+        >>> run = ksparse.train(
+        ...     data=torch.randn(4096, 16), n_latents=64, k=4, tokens=2048, out="runs/own"
+        ... )
     """
     recipe = recipe_of(recipe, **keywords)
     with trusted(trust_remote_code), display.shown("training", progress) as bar:
@@ -93,8 +101,12 @@ def train(
                 bar.note_metrics(row)
             observe(row)
 
+        if data is not None:
+            placed, out = own_data.place(data, recipe, out)
+        else:
+            placed = recipe
         out = out or f"runs/{jsonio.digest(recipe.fingerprint())}"
-        return train_many([recipe], [out], observe=tell)[0]
+        return train_many([placed], [out], observe=tell)[0]
 
 
 def train_many(
@@ -281,7 +293,7 @@ def begin(run: RunFolder, recipe: Recipe) -> None:
         InputError: if the folder holds anything but what a killed process leaves.
     """
     check_schedule(recipe)
-    leftovers = (".lock", "environment.json")
+    leftovers = (".lock", "environment.json", own_data.ACTS)
     names = [file.name for file in run.path.iterdir()]
     if not run.exists() and any(
         name not in leftovers and not name.startswith(".tmp-") for name in names
