@@ -280,7 +280,7 @@ WRONG = {
     whole_numbers: (InputError, "001.npy.*no tensor that can be activations"),
     three_dimensions: (InputError, "001.npy.*give --layer 0 to 4; if it is .texts, positions, d"),
     no_rows: (InputError, "001.npy.*no activation is in it"),
-    objects: (CorruptError, "001.npy is truncated or damaged"),
+    objects: (CorruptError, "001.npy is truncated or damaged: it holds Python objects"),
     two_tensors: (
         InputError,
         r"several tensors.*a float32 \[4, 8\], b float32 \[4, 8\].*with --key",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,12 +215,45 @@ def _mapper(
     return read
 
 
+class _Header(NamedTuple):
+    """What stands before the data of a .npy file."""
+
+    shape: tuple[int, ...]
+    order: str
+    dtype: np.dtype[Any]
+    length: int
+
+
+def _read_header(stream: Any) -> _Header:
+    """Read the header of a .npy file; raise ValueError for any but numbers."""
+    version = np.lib.format.read_magic(stream)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(f"version {version} of the .npy format")
+    shape, fortran, dtype = readers[version](stream)
+    if dtype.kind not in "fiub":
+        raise ValueError("it holds Python objects or other things that are no numbers")
+    return _Header(shape, "F" if fortran else "C", dtype, stream.tell())
+
+
 def _read_npy(file: Path) -> dict[str, Stored]:
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        with file.open("rb") as stream:
+            header = _read_header(stream)
+        _check_size(header, file.stat().st_size - header.length)
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(file, error) from None
-    return {file.stem: Stored(array.shape, array.dtype.name, lambda: array)}
+    read = _mapper(file, header.dtype, header.length, header.shape, header.order)
+    return {file.stem: Stored(header.shape, header.dtype.name, read)}
+
+
+def _check_size(header: _Header, size: int) -> None:
+    needed = math.prod(header.shape) * header.dtype.itemsize
+    if size < needed:
+        raise ValueError(f"{size:,} bytes of data, {needed:,} expected")
 
 
 def _read_npz(file: Path) -> dict[str, Stored]:
@@ -237,34 +271,26 @@ def _read_npz(file: Path) -> dict[str, Stored]:
 def _member(file: Path, archive: zipfile.ZipFile, stream: Any, member: zipfile.ZipInfo) -> Stored:
     """Return one array of an archive."""
     with archive.open(member) as content:
-        version = np.lib.format.read_magic(content)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read_header is None:
-            raise ValueError(f"version {version} of the array {member.filename!r}")
-        shape, fortran, dtype = read_header(content)
-        header = content.tell()
-    if dtype.hasobject:
-        raise ValueError(f"{member.filename!r} holds Python objects")
+        header = _read_header(content)
+    _check_size(header, member.file_size - header.length)
     if member.compress_type != zipfile.ZIP_STORED:
-        name = member.filename.removesuffix(".npy")
-        return Stored(shape, dtype.name, lambda: _decompress(file, name))
+        name = member.filename
+        return Stored(header.shape, header.dtype.name, lambda: _decompress(file, name, header))
     stream.seek(member.header_offset + 26)  # lengths of the name and of the extra field
     name_length, extra = (int.from_bytes(stream.read(2), "little") for _ in range(2))
-    offset = member.header_offset + 30 + name_length + extra + header
-    read = _mapper(file, dtype, offset, shape, "F" if fortran else "C")
-    return Stored(shape, dtype.name, read)
+    offset = member.header_offset + 30 + name_length + extra + header.length
+    read = _mapper(file, header.dtype, offset, header.shape, header.order)
+    return Stored(header.shape, header.dtype.name, read)
 
 
-def _decompress(file: Path, name: str) -> np.ndarray:
+def _decompress(file: Path, name: str, header: _Header) -> np.ndarray:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            array: np.ndarray = archive[name]
-            return array
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(file) as archive:
+            data = archive.read(name)[header.length :]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(file, error) from None
+    values = np.frombuffer(data, header.dtype, math.prod(header.shape))
+    return values.reshape(header.shape, order="F" if header.order == "F" else "C")
 
 
 def _read_parquet(file: Path) -> dict[str, Stored]:
@@ -279,11 +305,11 @@ def _read_parquet(file: Path) -> dict[str, Stored]:
     for field in schema:
         kind = getattr(field.type, "storage_type", field.type)
         width = kind.list_size if arrow.types.is_fixed_size_list(kind) else 0
+        shape: tuple[int, ...] = (length, width) if width else (length,)
         if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
             shape, dtype = (length, 0), "list of varying length (write it as a fixed-size list)"
         else:
             dtype = str(kind.value_type if width else kind)
-            shape = (length, width) if width else (length,)
         dtype = {"float": "float32", "halffloat": "float16", "double": "float64"}.get(dtype, dtype)
         found[field.name] = Stored(shape, dtype, _column_reader(file, field.name, shape))
     return found

@@ -435,7 +435,8 @@ def _mix(keys: np.ndarray) -> np.ndarray:
         keys = keys + np.uint64(0x9E3779B97F4A7C15)
         keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return keys ^ (keys >> np.uint64(31))
+        mixed: np.ndarray = keys ^ (keys >> np.uint64(31))
+        return mixed
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

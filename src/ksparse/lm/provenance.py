@@ -45,7 +45,7 @@ def describe_lm(model: CausalLM) -> dict[str, Any]:
 
 def trained_on(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of `acts` that an SAE's metadata gives: all for our own, those that its file
-    names for an SAE of another library, and those that were said of activations that anybody made."""
+    names for an SAE of another library, and what was said of activations that anybody made."""
     known = metadata.get("origin") or metadata.get("acts") or {}
     if made_by_others(metadata):
         known = {key: known[key] for key in ("lm", "site", "normalize") if known.get(key)}
