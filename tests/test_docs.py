@@ -169,7 +169,8 @@ def test_commands_in_the_documents_have_verbs_and_flags_that_there_are(verb, fla
     from ksparse.config import ACTIVATION_CONFIGS
 
     assert verb in cli.VERBS
-    for more in [[], ["--lm", "pylm"]] if verb == "bench" else [[]]:
+    other = {"bench": ["--lm", "pylm"], "shard": ["--from", "features"]}
+    for more in [[], other[verb]] if verb in other else [[]]:
         with pytest.raises(SystemExit):
             cli.main([verb, *more, "--help"])
     known = set(re.findall(r"--([a-zA-Z][\w.-]*\w)", capsys.readouterr().out)) | {

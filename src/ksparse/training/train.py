@@ -256,14 +256,12 @@ def _with_lm_dtype(recipe: Recipe, device: str) -> Recipe:
     tensors that anybody made, no LM unless one was given."""
     acts = recipe.acts
     if acts.shards and is_index(acts.shards):
-        unsaid = {
-            key: ""
+        lm, site, text = (
+            "" if getattr(acts, key) == getattr(ActsConfig, key) else getattr(acts, key)
             for key in ("lm", "site", "text")
-            if getattr(acts, key) == getattr(ActsConfig, key)
-        }
-        return dataclasses.replace(
-            recipe, acts=dataclasses.replace(acts, lm_dtype="float32", **unsaid)
         )
+        acts = dataclasses.replace(acts, lm=lm, site=site, text=text, lm_dtype="float32")
+        return dataclasses.replace(recipe, acts=acts)
     if acts.lm_dtype != "auto":
         return recipe
     if acts.shards:
