@@ -28,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -39,7 +39,7 @@ from ksparse.config.evaluation import EvalConfig
 from ksparse.device import resolve_device
 from ksparse.errors import CorruptError, InputError
 from ksparse.evals.base import EvalContext, Metric
-from ksparse.evals.batches import HeldOut, HeldOutPass, SAEBatch, acts_of
+from ksparse.evals.batches import HeldOut, HeldOutBatch, HeldOutPass, SAEBatch, acts_of
 from ksparse.evals.registry import DEFAULT, EVALS, check_names
 from ksparse.evals.rows import HeldOutRows, RowPass, check_without_text, open_rows
 from ksparse.evals.statistics import Result
@@ -163,23 +163,17 @@ def _evaluate_many(
 ) -> dict[str, dict[str, Result]]:
     names = (names,) if isinstance(names, str) else tuple(names)
     check_names(names)
-    if lm is not None and not isinstance(lm, LM):
-        raise InputError(
-            f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)"
-        )
+    _check_lm(lm)
     options = options.resolved()
-    if (
-        lm is None
-        and like is None
-        and any(provenance.made_by_others(sae.metadata) for sae in saes.values())
-    ):
+    data: HeldOut | HeldOutRows
+    if lm is None and like is None and _any_of_rows(saes):
         names, options = applicable(names, saes), dataclasses.replace(options, examples=0)
-        data: HeldOut | HeldOutRows = open_rows(saes, options, resolve_device(options.device))
+        data = open_rows(saes, options, resolve_device(options.device))
         notes: dict[str, list[str]] = {label: [] for label in saes}
     else:
         data, notes = _open_text(saes, lm, options, like)
     contexts = {
-        label: EvalContext(sae.to(data.device).eval(), data, notes[label])
+        label: EvalContext(sae.to(data.device).eval(), cast(HeldOut, data), notes[label])
         for label, sae in saes.items()
     }
     for context in contexts.values():
@@ -192,6 +186,18 @@ def _evaluate_many(
             results[label][name] = result
             on_result(label, name, result)
     return {label: {name: by_name[name] for name in names} for label, by_name in results.items()}
+
+
+def _check_lm(lm: Any) -> None:
+    if lm is not None and not isinstance(lm, LM):
+        raise InputError(
+            f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)"
+        )
+
+
+def _any_of_rows(saes: dict[str, SAE]) -> bool:
+    """Return whether one of some SAEs was trained on activations that anybody made."""
+    return any(provenance.made_by_others(sae.metadata) for sae in saes.values())
 
 
 def _open_text(
@@ -332,7 +338,9 @@ def _run_pass(
     with progress.stage(f"pass {number}"):
         progress.report(what, 0, total)
         for held_out in text:
-            batches = {context: SAEBatch(context.sae, held_out) for context in contexts}
+            # Rows have all of a batch of text that metrics without `needs_text` ask for.
+            of_all = cast(HeldOutBatch, held_out)
+            batches = {context: SAEBatch(context.sae, of_all) for context in contexts}
             for metric in metrics:
                 update = metric.update if number == 1 else metric.update_second_pass
                 with stopwatch.time(metric):
