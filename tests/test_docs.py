@@ -135,6 +135,12 @@ def test_the_examples_with_other_libraries_run(tmp_path, monkeypatch, small_reci
     assert names["copy"].shape.normalize == "layer_norm"
 
 
+def test_the_example_with_activations_from_anywhere_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks("docs/own-activations.md"), "docs/own-activations.md", "exec"), {})
+    assert (tmp_path / "runs" / "mine" / "acts" / "00000.safetensors").is_file()
+
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:^|`|-m )ksparse ([a-z]+)((?: [^`\n]*)?)", re.MULTILINE)
 
@@ -163,7 +169,8 @@ def test_commands_in_the_documents_have_verbs_and_flags_that_there_are(verb, fla
     from ksparse.config import ACTIVATION_CONFIGS
 
     assert verb in cli.VERBS
-    for more in [[], ["--lm", "pylm"]] if verb == "bench" else [[]]:
+    other = {"bench": ["--lm", "pylm"], "shard": ["--from", "features"]}
+    for more in [[], other[verb]] if verb in other else [[]]:
         with pytest.raises(SystemExit):
             cli.main([verb, *more, "--help"])
     known = set(re.findall(r"--([a-zA-Z][\w.-]*\w)", capsys.readouterr().out)) | {

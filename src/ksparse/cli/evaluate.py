@@ -216,8 +216,9 @@ class _Evaluations:
         from ksparse.lm.model import LM
 
         acts = subject.acts if subject else None
-        kept = {} if self.again else self._kept(saes, folders, acts)
-        missing = [name for name in self.names if name not in kept]
+        names = self.names if subject else list(runner.applicable(self.names, saes))
+        kept = {} if self.again else self._kept(names, saes, folders, acts)
+        missing = [name for name in names if name not in kept]
         written: list[str] = []
 
         def write(source: str, name: str, result: Any) -> None:
@@ -237,20 +238,24 @@ class _Evaluations:
         except KeyboardInterrupt:
             done = f"{', '.join(dict.fromkeys([*kept, *written])) or 'no result'}"
             raise Interrupted(
-                f"stopped; {done} of {', '.join(self.names)} complete and saved. The same command "
+                f"stopped; {done} of {', '.join(names)} complete and saved. The same command "
                 "goes on with the rest",
                 signal.SIGINT,
             ) from None
         return {
             source: {
                 name: kept[name][source] if name in kept else computed[source][name]
-                for name in self.names
+                for name in names
             }
             for source in saes
         }
 
     def _kept(
-        self, saes: dict[str, SAE], folders: dict[str, RunFolder], acts: ActsConfig | None
+        self,
+        names: list[str],
+        saes: dict[str, SAE],
+        folders: dict[str, RunFolder],
+        acts: ActsConfig | None,
     ) -> dict[str, dict[str, dict[str, Any]]]:
         """Return the results that all of the SAEs have already, {name: {source: result}}, and say
         so.
@@ -262,7 +267,7 @@ class _Evaluations:
         if set(folders) != set(saes):
             return {}
         short, kept = runner.short_names(saes), {}
-        for name in self.names:
+        for name in names:
             results = {
                 source: runner.read_kept(
                     run,

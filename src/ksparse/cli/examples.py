@@ -60,6 +60,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "list": ("ksparse list gpt2", "ksparse list gpt2-small-res-jb --names"),
     "shard": (
         "ksparse shard --acts.lm gpt2 --acts.site resid_post.8 --acts.text my.txt --out acts",
+        "ksparse shard --from features",
     ),
     "plan": (
         "ksparse plan recipes/gpt2-small-32k.toml",

@@ -32,10 +32,14 @@ class ShardArgs(Recipe):
 
 @verb
 def shard(arguments: list[str]) -> None:
-    """shard [RECIPE.toml] [--key value …]
+    """shard [RECIPE.toml | --from PATH] [--key value …]
 
-    Write activations to disk once, for many runs.
+    Write activations to disk once, for many runs; or, with --from, index a folder or file of
+    tensors that anybody made, without copying it (shard --from PATH --help).
     """
+    if any(word.partition("=")[0] == "--from" for word in arguments):
+        _index(arguments)
+        return
     recipe, options, _ = parse_recipe(ShardArgs, "shard", arguments)
     with ProgressBar("writing activations"):
         report("loading torch")
@@ -58,6 +62,47 @@ def shard(arguments: list[str]) -> None:
             progress=lambda done: report("writing activations", done, recipe.tokens),
         )
     print(f"shards   {folder}\nnext     the same recipe with --acts.shards {folder}")
+
+
+def _index(arguments: list[str]) -> None:
+    """Index tensors that are there."""
+    at = next(i for i, word in enumerate(arguments) if word.partition("=")[0] == "--from")
+    source, rest = arguments[at].partition("=")[2], arguments[:at] + arguments[at + 1 :]
+    if not source and at < len(rest) and not rest[at].startswith("-"):
+        source = rest.pop(at)
+
+    @dataclass(frozen=True)
+    class IndexArgs:
+        """Options of `ksparse shard --from`."""
+
+        out: str = ""
+        """Folder for the index, with links to the files; by default the folder of tensors itself,
+        and for one file the folder FILE.index beside it."""
+        key: str = ""
+        """Name of the activations in each file, where it has several tensors."""
+        layer: int = -1
+        """Which layer of tensors [rows, layers, d]."""
+
+    options = parse(IndexArgs, "shard --from PATH", rest)
+    if not source:
+        raise InputError("--from needs a folder or a file of activations: ksparse shard --from DIR")
+    with ProgressBar("indexing"):
+        report("loading torch")
+        from ksparse.data import tensors
+
+        folder = tensors.write_index(
+            Path(source),
+            Path(options.out) if options.out else None,
+            key=options.key,
+            layer=options.layer,
+            progress=lambda done, total: report("indexing", done, total),
+        )
+        found = jsonio.read_json(folder / "manifest.json")
+    print(
+        f"indexed  {folder}: {found['rows']:,} rows of width {found['d_model']:,} in "
+        f"{len(found['files']):,} files\n"
+        f"next     ksparse train --acts.shards {folder} --out runs/mine"
+    )
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ class ActsConfig(Config):
     """Data type of the shuffle buffer. bfloat16 halves its memory; for an LM that runs in bfloat16
     nothing is lost."""
     shards: str = ""
-    """Folder of activations written by `ksparse shard`, to read instead of running the LM."""
+    """Folder of activations to read instead of running the LM: written by `ksparse shard`, or made
+    by anybody and indexed by `ksparse shard --from`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +13,15 @@ from torch import Tensor
 from ksparse.data.base import ActivationBatch, Cursor, check_cursor
 from ksparse.data.permutation import permutation
 from ksparse.data.shards import Shards
+from ksparse.data.tensors import Tensors, is_index
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.errors import NonFiniteError
+
+
+def open_shards(folder: Path | str) -> Shards | Tensors:
+    """Open what `acts.shards` names: shards that ksparse wrote, or an index of tensors, of which
+    the training rows are taken."""
+    return Tensors(folder) if is_index(folder) else Shards(folder)
 
 
 class ShardStream:
@@ -21,7 +29,7 @@ class ShardStream:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Shards | Tensors,
         *,
         batch: int,
         seed: int,
@@ -51,10 +59,10 @@ class ShardStream:
             documents = torch.from_numpy(self.shards.documents(rows))
             bad = ~torch.isfinite(x).all(1)
             if bad.any():
+                first = self.shards.describe(int(rows[int(bad.nonzero()[0])]))
                 raise NonFiniteError(
                     f"{int(bad.sum())} activations of {self.shards.folder} are NaN or infinite, "
-                    "the first in document "
-                    f"{self.document_names(documents[bad.cpu()][:1])[0]!r}"
+                    f"the first in {first}"
                 )
             yield ActivationBatch(x, documents, {"step": step + 1})
             step += 1
@@ -76,7 +84,7 @@ class ShardStream:
 
     def document_names(self, documents: Tensor) -> list[str]:
         """Return the names of documents, for messages."""
-        return [self.shards.names[i] for i in documents.unique().tolist()]
+        return self.shards.document_names(documents.unique().tolist())
 
     def same_context_fraction(self) -> float | None:
         """Return the fraction of rows whose predecessor in the same context is in the same batch,

@@ -354,6 +354,20 @@ class Shards:
             ).float()
         return out
 
+    def document_names(self, documents: list[int]) -> list[str]:
+        """Return the names of documents."""
+        return [self.names[i] for i in documents]
+
+    def describe(self, row: int) -> str:
+        """Return the name of a row's document, for messages."""
+        return f"document {self.names[int(self.documents(np.array([row]))[0])]!r}"
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """What decides which activations are in the shards."""
+        policy: dict[str, Any] = self.manifest["policy"]
+        return policy
+
     def documents(self, rows: np.ndarray) -> np.ndarray:
         """Return the document index of each of rows[m]."""
         return self._column(rows, "document")

@@ -35,7 +35,7 @@ class EvalContext:
     """
 
     def __init__(self, sae: SAE, data: HeldOut, notes: Sequence[str] = ()):
-        if data.lm.d_model != sae.shape.d_model:
+        if data.d_model != sae.shape.d_model:
             trained, lm = sae.metadata.get("acts", {}), data.lm
             raise InputError(
                 f"the SAE is for d_model = {sae.shape.d_model}, {lm.options.lm} has {lm.d_model} "
@@ -67,6 +67,9 @@ class Metric:
     empty state: they neither run the LM nor read the text.
     """
 
+    needs_text: ClassVar[bool] = True
+    """Whether it reads tokens, positions or the LM. Others also judge SAEs that were trained on
+    activations that anybody made."""
     passes: ClassVar[int] = 1
     """How many passes over the text the metric takes: 0, 1 or 2."""
     comparison_keys: ClassVar[tuple[str, ...]] = ()

@@ -35,7 +35,7 @@ from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalization import Normalized
 
 
-class _Memo:
+class Memo:
     """Keeps values that do not depend on the SAE, for all metrics and SAEs to share."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class _Memo:
         return self._values[key]
 
 
-class HeldOutBatch(_Memo):
+class HeldOutBatch(Memo):
     """A batch of contexts and what the LM computes on it, without any SAE."""
 
     def __init__(self, lm: LM, corpus: Corpus, contexts: TokenBatch):
@@ -255,7 +255,7 @@ class SAEBatch:
         return Code(values, indices)
 
 
-class HeldOut(_Memo):
+class HeldOut(Memo):
     """The held-out text of an LM. Iterating over it starts a new `HeldOutPass`.
 
     Args:
@@ -264,14 +264,26 @@ class HeldOut(_Memo):
         options: the split, and how many tokens to read.
     """
 
+    has_text = True
+
     def __init__(self, lm: LM, acts: ActsConfig, options: EvalConfig):
         super().__init__()
         acts = dataclasses.replace(acts, lm_batch=acts.lm_batch or ActsConfig.lm_batch)
         self.lm, self.acts, self.options = lm, acts, options
         self.corpus = Corpus(acts, lm.tokenizer, options.split, per_document=options.per_document)
+        self.d_model, self.device, self.vocab = lm.d_model, lm.device, lm.vocab
+        self.context = acts.context
 
     def __iter__(self) -> Iterator[HeldOutBatch]:
         return iter(HeldOutPass(self))
+
+    def start_pass(self) -> HeldOutPass:
+        """Return a new pass over the text."""
+        return HeldOutPass(self)
+
+    def policy(self) -> dict[str, Any]:
+        """Return what decides which activations are used."""
+        return self.corpus.policy()
 
     def mean_activation(self) -> Tensor:
         """Return the mean raw activation [d] of the first batches; computed once.

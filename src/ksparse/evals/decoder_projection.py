@@ -97,6 +97,8 @@ def best_k(ks: list[int], values: list[float]) -> tuple[float, bool]:
 class DecoderProjection(Metric):
     """The decoder-projection proxy at several ranks, and the mean cosine of decoder rows."""
 
+    needs_text = False
+
     def __init__(self, context: EvalContext):
         super().__init__(context)
         most = min(TOKENS, max(1, PROJECTIONS // context.sae.shape.n_latents))

@@ -23,6 +23,8 @@ class Norms(Metric):
     """L0, error and strongest examples by decile of the activation's norm, its mean over d_model
     removed where the normalisation does so."""
 
+    needs_text = False
+
     def __init__(self, context: EvalContext):
         super().__init__(context)
         n = context.sae.shape.n_latents

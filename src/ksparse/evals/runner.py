@@ -28,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -36,10 +36,12 @@ from safetensors.torch import save_file
 from ksparse import progress
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
+from ksparse.device import resolve_device
 from ksparse.errors import CorruptError, InputError
 from ksparse.evals.base import EvalContext, Metric
-from ksparse.evals.batches import HeldOut, HeldOutPass, SAEBatch, acts_of
+from ksparse.evals.batches import HeldOut, HeldOutBatch, HeldOutPass, SAEBatch, acts_of
 from ksparse.evals.registry import DEFAULT, EVALS, check_names
+from ksparse.evals.rows import HeldOutRows, RowPass, check_without_text, open_rows
 from ksparse.evals.statistics import Result
 from ksparse.lm import provenance
 from ksparse.lm.model import LM
@@ -161,19 +163,17 @@ def _evaluate_many(
 ) -> dict[str, dict[str, Result]]:
     names = (names,) if isinstance(names, str) else tuple(names)
     check_names(names)
-    if lm is not None and not isinstance(lm, LM):
-        raise InputError(
-            f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)"
-        )
+    _check_lm(lm)
     options = options.resolved()
-    progress.report("loading the LM")
-    lm = lm or load_lm(next(iter(saes.values())), options.device)
-    acts = _common_acts(saes, lm, options, like)
-    acts = dataclasses.replace(acts, lm_batch=options.lm_batch or acts.lm_batch)
-    notes = {label: _provenance_notes(label, sae, lm, options, like) for label, sae in saes.items()}
-    data = HeldOut(lm, acts, options)
+    data: HeldOut | HeldOutRows
+    if lm is None and like is None and _any_of_rows(saes):
+        names, options = applicable(names, saes), dataclasses.replace(options, examples=0)
+        data = open_rows(saes, options, resolve_device(options.device))
+        notes: dict[str, list[str]] = {label: [] for label in saes}
+    else:
+        data, notes = _open_text(saes, lm, options, like)
     contexts = {
-        label: EvalContext(sae.to(lm.device).eval(), data, notes[label])
+        label: EvalContext(sae.to(data.device).eval(), cast(HeldOut, data), notes[label])
         for label, sae in saes.items()
     }
     for context in contexts.values():
@@ -188,10 +188,72 @@ def _evaluate_many(
     return {label: {name: by_name[name] for name in names} for label, by_name in results.items()}
 
 
+def _check_lm(lm: Any) -> None:
+    if lm is not None and not isinstance(lm, LM):
+        raise InputError(
+            f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)"
+        )
+
+
+def _any_of_rows(saes: dict[str, SAE]) -> bool:
+    """Return whether one of some SAEs was trained on activations that anybody made."""
+    return any(provenance.made_by_others(sae.metadata) for sae in saes.values())
+
+
+def _open_text(
+    saes: dict[str, SAE], lm: LM | None, options: EvalConfig, like: ActsConfig | None
+) -> tuple[HeldOut, dict[str, list[str]]]:
+    """Return the held-out text of SAEs, and the notes on the provenance of each."""
+    if not (options.text or like):
+        for label, sae in saes.items():
+            if provenance.made_by_others(sae.metadata):
+                raise InputError(
+                    f"{label or 'this SAE'} was trained on activations alone; give the text to "
+                    "judge it on (--text, or text=)"
+                )
+    progress.report("loading the LM")
+    lm = lm or load_lm(next(iter(saes.values())), options.device)
+    acts = _common_acts(saes, lm, options, like)
+    acts = dataclasses.replace(acts, lm_batch=options.lm_batch or acts.lm_batch)
+    notes = {label: _provenance_notes(label, sae, lm, options, like) for label, sae in saes.items()}
+    return HeldOut(lm, acts, options), notes
+
+
+def applicable(names: Sequence[str], saes: dict[str, SAE]) -> tuple[str, ...]:
+    """Return the evaluations to run: of the default ones, those that SAEs can have.
+
+    Raises:
+        InputError: an evaluation needs text, and was named for an SAE of activations without.
+    """
+    names, of_rows = (
+        tuple(names),
+        [provenance.made_by_others(sae.metadata) for sae in saes.values()],
+    )
+    if not any(of_rows):
+        return names
+    if not all(of_rows):
+        raise InputError(
+            "some of these SAEs were trained on text, others on activations without; evaluate them "
+            "apart"
+        )
+    needs_text = {name: metric.needs_text for name, metric in EVALS.items()}
+    if set(names) == set(DEFAULT):
+        names = tuple(name for name in names if not needs_text[name])
+        log.warning(
+            "%s are left out: they need an LM and text, and this SAE was trained on activations "
+            "alone",
+            ", ".join(name for name in DEFAULT if needs_text[name]),
+        )
+    check_without_text(names, needs_text)
+    return names
+
+
 def _expected_parts(
-    contexts: dict[str, EvalContext], names: Sequence[str], data: HeldOut
+    contexts: dict[str, EvalContext], names: Sequence[str], data: HeldOut | HeldOutRows
 ) -> dict[str, Expected]:
     """Return the work of each phase, by the name under which it will be reported."""
+    if isinstance(data, HeldOutRows):
+        return {}
     shape = next(iter(contexts.values())).sae.shape
     return planning.parts(
         names,
@@ -225,7 +287,7 @@ class _Stopwatch:
 
 
 def _run_metrics(
-    contexts: dict[str, EvalContext], names: Sequence[str], data: HeldOut
+    contexts: dict[str, EvalContext], names: Sequence[str], data: HeldOut | HeldOutRows
 ) -> Iterator[tuple[str, dict[str, Result]]]:
     """Take all metrics through their passes; yield (name, results by label) as they are complete.
 
@@ -264,10 +326,10 @@ def _run_metrics(
 
 
 def _run_pass(
-    number: int, metrics: list[Metric], data: HeldOut, stopwatch: _Stopwatch
-) -> HeldOutPass:
+    number: int, metrics: list[Metric], data: HeldOut | HeldOutRows, stopwatch: _Stopwatch
+) -> HeldOutPass | RowPass:
     """Update the metrics that take this pass with each batch; read nothing if there are none."""
-    text = HeldOutPass(data)
+    text = data.start_pass()
     metrics = [metric for metric in metrics if metric.passes >= number]
     if not metrics:
         return text
@@ -276,7 +338,9 @@ def _run_pass(
     with progress.stage(f"pass {number}"):
         progress.report(what, 0, total)
         for held_out in text:
-            batches = {context: SAEBatch(context.sae, held_out) for context in contexts}
+            # Rows have all of a batch of text that metrics without `needs_text` ask for.
+            of_all = cast(HeldOutBatch, held_out)
+            batches = {context: SAEBatch(context.sae, of_all) for context in contexts}
             for metric in metrics:
                 update = metric.update if number == 1 else metric.update_second_pass
                 with stopwatch.time(metric):
@@ -287,7 +351,9 @@ def _run_pass(
     return text
 
 
-def _finalize(name: str, metric: Metric, text: HeldOutPass, stopwatch: _Stopwatch) -> Result:
+def _finalize(
+    name: str, metric: Metric, text: HeldOutPass | RowPass, stopwatch: _Stopwatch
+) -> Result:
     """Return a metric's result, with the fields that all results have."""
     with stopwatch.time(metric):
         result = metric.finalize()
@@ -296,7 +362,7 @@ def _finalize(name: str, metric: Metric, text: HeldOutPass, stopwatch: _Stopwatc
     values = _origin(name, data.options, data.acts, sae.metadata)
     if metric.passes:
         values |= {
-            "policy": data.corpus.policy(),
+            "policy": data.policy(),
             "n_tokens": text.tokens,
             "n_documents": len(text.documents),
         }
@@ -348,7 +414,10 @@ def read_kept(
     Returns:
         The result as `RunFolder.eval` gives it; None where there is none to keep.
     """
-    options, acts = options.resolved(), acts or serialization.acts_of(metadata)
+    options = options.resolved()
+    if acts is None and provenance.made_by_others(metadata):
+        options = dataclasses.replace(options, examples=0)
+    acts = acts or serialization.acts_of(metadata, named=False)
     acts = dataclasses.replace(acts, text=options.text or acts.text)
     try:
         result = run.eval(file_name(name, options))

@@ -39,6 +39,8 @@ class Stats(Metric):
     """Normalized MSE, explained variance, L0 and dead latents; density, size and examples of each
     latent."""
 
+    needs_text = False
+
     def __init__(self, context: EvalContext):
         super().__init__(context)
         shape = context.sae.shape
@@ -83,7 +85,7 @@ class Stats(Metric):
 
     def _has_room(self, batch: SAEBatch) -> bool:
         """Return whether the batch is kept in memory, to draw examples from."""
-        if not self.context.options.examples:
+        if not (self.context.options.examples and self.context.data.has_text):
             return False
         keep = batch.held_out.keep
         held = sum(map(len, self.tokens)) * keep.shape[1]
@@ -145,6 +147,8 @@ class Stats(Metric):
             **self._examples(),
             **logits,
         }
+        if not self.context.data.has_text:
+            return Result(values, arrays)
         vocabulary = token_strings(self.context.lm.tokenizer, range(self.context.lm.vocab))
         return Result(values, arrays, {"vocabulary": vocabulary})
 
@@ -176,6 +180,9 @@ class Stats(Metric):
 
         Both are empty, with a note, where a decoder row has no logits of its own.
         """
+        if not self.context.data.has_text:
+            self._logit_notes = ["no examples, tokens or direct logits: there is no LM or text"]
+            return {}, {}
         try:
             head = read_head(self.context.lm)
         except InputError as error:

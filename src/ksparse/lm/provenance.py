@@ -45,10 +45,18 @@ def describe_lm(model: CausalLM) -> dict[str, Any]:
 
 def trained_on(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of `acts` that an SAE's metadata gives: all for our own, those that its file
-    names for an SAE of another library."""
+    names for an SAE of another library, and what was said of activations that anybody made."""
     known = metadata.get("origin") or metadata.get("acts") or {}
+    if made_by_others(metadata):
+        known = {key: known[key] for key in ("lm", "site", "normalize") if known.get(key)}
     names = [field.name for field in dataclasses.fields(ActsConfig)]
     return {name: known[name] for name in names if name in known}
+
+
+def made_by_others(metadata: dict[str, Any]) -> bool:
+    """Return whether an SAE was trained on tensors that anybody made, of which no LM and text need
+    be known."""
+    return bool((metadata.get("policy") or {}).get("tensors"))
 
 
 def trained_acts(metadata: dict[str, Any], lm: LM) -> ActsConfig:
@@ -59,7 +67,7 @@ def trained_acts(metadata: dict[str, Any], lm: LM) -> ActsConfig:
     trained = trained_on(metadata)
     acts = (
         ActsConfig(**(metadata["acts"] | trained))
-        if metadata.get("acts")
+        if metadata.get("acts") and not made_by_others(metadata)
         else dataclasses.replace(
             lm.options, **{key: trained[key] for key in POLICY if key in trained}
         )

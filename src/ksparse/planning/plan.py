@@ -20,7 +20,7 @@ import torch
 
 from ksparse.config import Recipe, k_aux
 from ksparse.config.evaluation import EvalConfig
-from ksparse.data.shards import Shards
+from ksparse.data.sharded import open_shards
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
 from ksparse.lm.loading import find_model, read_config, without_weights
@@ -405,7 +405,7 @@ def read_lm_spec(recipe: Recipe) -> LMSpec:
         InputError: if there is no such LM, or its context is too short.
     """
     if recipe.acts.shards:
-        return LMSpec(Shards(recipe.acts.shards).d_model, 0, 0)
+        return LMSpec(open_shards(recipe.acts.shards).d_model, 0, 0)
     source, options = find_model(recipe.acts.lm), {"trust_remote_code": code_is_trusted()}
     try:
         config = read_config(source, options)

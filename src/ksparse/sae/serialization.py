@@ -71,8 +71,9 @@ POLICY: dict[str, jsonio.Types] = {
     "split": str,
     "tokens_per_document": (int, type(None)),
     "shuffle_tokens": bool,
+    "tensors": str,
 }
-"""The keys of `metadata.policy`, as `Corpus.policy` writes them."""
+"""The keys of `metadata.policy`, as `Corpus.policy` and `Tensors.policy` write them."""
 
 
 def save(sae: SAE, folder: Path | str) -> None:
@@ -251,14 +252,24 @@ def _check_policy(policy: dict[str, Any], file: Path) -> None:
     )
 
 
-def acts_of(metadata: dict[str, Any]) -> ActsConfig:
+def acts_of(metadata: dict[str, Any], *, named: bool = True) -> ActsConfig:
     """Return the activations that an SAE was trained on.
+
+    Args:
+        metadata: of the SAE.
+        named: whether they must name an LM; those that anybody made may not.
 
     Raises:
         InputError: where its metadata does not name an LM, or is invalid.
     """
     acts = metadata.get("acts")
-    if not acts or not isinstance(acts, dict) or not acts.get("lm"):
+    tensors = (metadata.get("policy") or {}).get("tensors")
+    if isinstance(acts, dict) and not acts.get("lm") and tensors and named:
+        raise InputError(
+            f"this SAE was trained on the activations in {acts.get('shards')}, which name no LM; "
+            "give one: ksparse.LM(name, site=…)"
+        )
+    if not acts or not isinstance(acts, dict) or not (acts.get("lm") or tensors):
         raise InputError(
             "this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)"
         )

@@ -23,8 +23,8 @@ from ksparse.data.base import ActivationBatch, ActivationStream, Cursor
 from ksparse.data.contexts import Corpus
 from ksparse.data.live import COMPUTING, LiveStream
 from ksparse.data.prefetch import Prefetcher
-from ksparse.data.sharded import ShardStream
-from ksparse.data.shards import Shards
+from ksparse.data.sharded import ShardStream, open_shards
+from ksparse.data.tensors import Tensors
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.errors import InputError
 from ksparse.limits import SAMPLE
@@ -153,6 +153,9 @@ class ActivationSource:
         """Raw activations [`curve.held_out`, d_model] of the held-out documents. Read it before the
         stream, which may run the LM in a thread."""
         rows, recipe = self.recipe.curve.held_out, self.recipe
+        if isinstance(self.source, ShardStream) and isinstance(self.source.shards, Tensors):
+            apart = Tensors(self.source.shards.folder, "validation")
+            return ShardStream(apart, batch=rows, seed=0, device=self.device).sample(rows)
         # The same passes in a resumed run, which reads these before its cursor is known.
         lm_batch = recipe.acts.lm_batch or ActsConfig.lm_batch
         acts = dataclasses.replace(recipe.acts, mix=rows, lm_batch=lm_batch)
@@ -183,11 +186,12 @@ def open_stream(
     """
     acts = recipe.acts
     if acts.shards:
-        shards = Shards(acts.shards)
+        report("reading activations")
+        shards = open_shards(acts.shards)
         shards.check_fits(acts)
         return ShardStream(
             shards, batch=recipe.batch, seed=recipe.data_seed, device=device, mesh=mesh
-        ), shards.manifest["policy"]
+        ), shards.policy
     if acts.mix < recipe.batch:
         raise InputError(
             f"acts.mix is {acts.mix}, less than one batch of {recipe.batch}; give several batches"

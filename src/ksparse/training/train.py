@@ -21,8 +21,9 @@ import torch
 
 from ksparse import display, distributed
 from ksparse import progress as reports
-from ksparse.config import Recipe, check_schedule, differences, recipe_of, to_toml
+from ksparse.config import ActsConfig, Recipe, check_schedule, differences, recipe_of, to_toml
 from ksparse.data.shards import Shards
+from ksparse.data.tensors import is_index
 from ksparse.device import resolve_device
 from ksparse.distributed import Mesh
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
@@ -31,7 +32,7 @@ from ksparse.planning.plan import explain_memory
 from ksparse.planning.sharing import stream_key
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
-from ksparse.training import checkpoint
+from ksparse.training import checkpoint, own_data
 from ksparse.training.checkpoint import TrainState
 from ksparse.training.resume import check_same, restore
 from ksparse.training.source import TRAINING, ActivationSource
@@ -50,6 +51,7 @@ def train(
     recipe: Recipe | Path | str | dict[str, Any] | None = None,
     out: Path | str | None = None,
     *,
+    data: Any = None,
     observe: MetricsCallback = lambda row: None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -60,6 +62,9 @@ def train(
     Args:
         recipe: what to train: a recipe, a TOML file or nested dictionaries; by default the demo's.
         out: the run's folder; runs/HASH by default, with a hash of the recipe.
+        data: activations to train on in place of an LM's: a numpy array or torch tensor [rows, d],
+            an iterator of them, which is written to the run's folder first, or a folder or file
+            (docs/own-activations.md).
         observe: called with each row of metrics.
         trust_remote_code: allow code that comes with the LM to run, during this call.
         progress: show how far it is on standard error: a bar on a terminal, one line in a notebook,
@@ -83,6 +88,10 @@ def train(
         ... )
         >>> ksparse.load(run).metadata["step"]
         2
+        >>> import torch
+        >>> run = ksparse.train(
+        ...     data=torch.randn(4096, 16), n_latents=64, k=4, tokens=2048, out="runs/own"
+        ... )
     """
     recipe = recipe_of(recipe, **keywords)
     with trusted(trust_remote_code), display.shown("training", progress) as bar:
@@ -92,8 +101,12 @@ def train(
                 bar.note_metrics(row)
             observe(row)
 
+        if data is not None:
+            placed, out = own_data.place(data, recipe, out)
+        else:
+            placed = recipe
         out = out or f"runs/{jsonio.digest(recipe.fingerprint())}"
-        return train_many([recipe], [out], observe=tell)[0]
+        return train_many([placed], [out], observe=tell)[0]
 
 
 def train_many(
@@ -143,6 +156,8 @@ def train_many(
         if not unfinished:
             return runs
         source = open_source(shared, torch.device(device), *([mesh] if mesh.size > 1 else []))
+        for run, _, saved in unfinished:
+            _check_unchanged(run, saved, source)
         reports.expect(_expected_parts(source, unfinished))
         trainers = [
             SAETrainer(run, recipe, source, *(saved or start(recipe, source, mesh)), saver, observe)
@@ -237,8 +252,16 @@ def shared_stream(recipes: Sequence[Recipe]) -> Recipe:
 
 
 def _with_lm_dtype(recipe: Recipe, device: str) -> Recipe:
-    """Return a recipe that says in which precision its LM runs; of shards, in which it ran."""
+    """Return a recipe that says in which precision its LM runs; of shards, in which it ran; and of
+    tensors that anybody made, no LM unless one was given."""
     acts = recipe.acts
+    if acts.shards and is_index(acts.shards):
+        lm, site, text = (
+            "" if getattr(acts, key) == getattr(ActsConfig, key) else getattr(acts, key)
+            for key in ("lm", "site", "text")
+        )
+        acts = dataclasses.replace(acts, lm=lm, site=site, text=text, lm_dtype="float32")
+        return dataclasses.replace(recipe, acts=acts)
     if acts.lm_dtype != "auto":
         return recipe
     if acts.shards:
@@ -268,7 +291,7 @@ def begin(run: RunFolder, recipe: Recipe) -> None:
         InputError: if the folder holds anything but what a killed process leaves.
     """
     check_schedule(recipe)
-    leftovers = (".lock", "environment.json")
+    leftovers = (".lock", "environment.json", own_data.ACTS)
     names = [file.name for file in run.path.iterdir()]
     if not run.exists() and any(
         name not in leftovers and not name.startswith(".tmp-") for name in names
@@ -289,6 +312,18 @@ def _restore_unfinished(
         for run, recipe, saved in zip(runs, recipes, restored)
         if saved is None or not finished(recipe, saved[0])
     ]
+
+
+def _check_unchanged(run: RunFolder, saved: Saved | None, source: ActivationSource) -> None:
+    """Raise InputError if a run was begun on tensors that have been indexed anew since, with other
+    content."""
+    policy = saved[1].sae.metadata.get("policy") or {} if saved else source.policy
+    if policy.get("tensors") != source.policy.get("tensors"):
+        raise InputError(
+            f"{run.path} was begun on other activations than {source.recipe.acts.shards} has now: "
+            "it was indexed again with other files or content. Bring the old ones back, or give "
+            "another --out"
+        )
 
 
 def set_threads(number: int) -> None:

@@ -18,6 +18,8 @@ class Moments(Metric):
         tokens: The number of tokens.
     """
 
+    needs_text = False
+
     def __init__(self, context: EvalContext):
         super().__init__(context)
         n = context.sae.shape.n_latents

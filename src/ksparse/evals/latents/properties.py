@@ -52,9 +52,11 @@ class Firing(Metric):
         token_counts: Occurrences of each token of the vocabulary.
     """
 
+    needs_text = False
+
     def __init__(self, context: EvalContext):
         super().__init__(context)
-        n, length = context.sae.shape.n_latents, context.data.acts.context
+        n, length = context.sae.shape.n_latents, context.data.context
         self.sums = DocumentSums()
         self.moments = context.part(Moments)
         self.fired_at = torch.zeros(n, length, dtype=torch.float64)
@@ -63,7 +65,7 @@ class Firing(Metric):
             torch.zeros(length, dtype=torch.float64),
             torch.zeros(length, dtype=torch.float64),
         )
-        self.token_counts = torch.zeros(context.lm.vocab, dtype=torch.float64)
+        self.token_counts = torch.zeros(context.data.vocab, dtype=torch.float64)
         self._keys: list[np.ndarray] = []
         self._squares: list[np.ndarray] = []
         self._pending = 0
@@ -122,8 +124,10 @@ class Firing(Metric):
     def effective_tokens(self) -> np.ndarray:
         """Return exp of the entropy of each latent's mean squared activation over tokens, [n].
 
-        NaN for a latent that never fires.
+        NaN for a latent that never fires, and for activations without tokens.
         """
+        if not self.context.data.has_text:
+            return np.full(len(self.fired_at), np.nan)
         keys, squares = self._merge()
         vocabulary = len(self.token_counts)
         return effective(
@@ -183,6 +187,8 @@ def effective(group: np.ndarray, weights: np.ndarray, n: int) -> np.ndarray:
 
 class Latents(Metric):
     """Properties of latents: densities, importances, dense, opposite and recurring ones, tokens."""
+
+    needs_text = False
 
     def __init__(self, context: EvalContext):
         super().__init__(context)
@@ -252,6 +258,8 @@ class Latents(Metric):
     def _scores(self) -> dict[str, np.ndarray]:
         """Return Somers' D of every latent by each rule, [n]; NaN where it is undefined."""
         firing = self.firing
+        if not self.context.data.has_text:
+            return {rule: np.full(len(firing.fired_at), np.nan) for rule in RULES}
         fired, tokens = firing.fired_at.numpy(), firing.tokens_at.numpy()
         first = int(np.argmax(tokens > 0))
         after = slice(first + 1, None)
@@ -273,8 +281,8 @@ class Latents(Metric):
         """Return the latents with the highest scores by each rule, and whether it accepts them."""
         dense = density >= DENSE
         mean = self.firing.moments.mean_act.numpy()
-        listed: dict[str, list[dict[str, Any]]] = {}
-        for rule in RULES:
+        listed: dict[str, list[dict[str, Any]]] = {rule: [] for rule in RULES}
+        for rule in RULES if self.context.data.has_text else ():
             score = np.nan_to_num(scores[rule], nan=-1.0)
             # A latent of a single position cannot be dense.
             eligible = self.firing.fires_enough if rule == "first" else dense
@@ -322,7 +330,9 @@ class Latents(Metric):
             "distributions, moments and effective tokens are of latents that fire on at least "
             f"{LEAST} tokens"
         ]
-        if keep == "text":
+        if not self.context.data.has_text:
+            notes.append("no effective tokens or recurring latents: there are no tokens, positions")
+        elif keep == "text":
             notes.append(
                 "the first position of a context is left out (acts.keep is text): 'first' is the "
                 "first that is kept"

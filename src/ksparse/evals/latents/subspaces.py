@@ -33,6 +33,8 @@ _CELLS = 100  # cells along the order in the result
 class Subspaces(Metric):
     """The split of latents and directions into two subspaces, and properties of both sides."""
 
+    needs_text = False
+
     def __init__(self, context: EvalContext):
         super().__init__(context)
         self.firing = context.part(Firing)
