@@ -58,7 +58,10 @@ def planted() -> runner.Result:
     sae.W_dec.data = torch.randn(N, 8, generator=torch.Generator().manual_seed(0))
     sae.W_dec.data[EARLY] = -3 * sae.W_dec.data[LATE]
     options = dataclasses.replace(OPTIONS, tokens=10**6).resolved()
-    data = SimpleNamespace(acts=SimpleNamespace(context=LENGTH, keep="text"), options=options)
+    acts = SimpleNamespace(context=LENGTH, keep="text")
+    data = SimpleNamespace(
+        acts=acts, context=LENGTH, vocab=VOCABULARY, has_text=True, options=options
+    )
     context = SimpleNamespace(
         sae=sae, data=data, options=options, lm=SimpleNamespace(vocab=VOCABULARY)
     )
