@@ -511,6 +511,7 @@ def killed_once(folder, grid, launch, monkeypatch):
     return victims, failed
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_two_costs_no_run_and_changes_no_loss(sweep_file, tmp_path, monkeypatch):
     """Real processes, one of them killed with SIGKILL in the middle."""
     grid = read(
@@ -535,6 +536,7 @@ def test_the_cluster_launcher_names_its_extra(tmp_path, monkeypatch):
         launching.submitted(tmp_path, Launch(launcher="slurm"))
 
 
+@pytest.mark.slow
 def test_submitit_runs_the_cohorts_and_a_killed_job_is_submitted_again(
     sweep_file, tmp_path, monkeypatch, hostile_folder
 ):

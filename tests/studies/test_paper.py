@@ -49,6 +49,7 @@ def options(small_recipe, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_every_claim_gets_its_numbers_and_a_figure_and_the_study_resumes(
     options, monkeypatch, tmp_path
 ):

@@ -34,6 +34,8 @@ pytestmark = pytest.mark.filterwarnings(
 )  # Triton 3.9 announces that a default will change
 
 
+@pytest.mark.slow  # minutes; tests/kernels/test_triton_ops.py interprets the kernels by default
+@pytest.mark.timeout(1_200)
 @pytest.mark.skipif(RUNS, reason="the tests below run here")
 def test_the_steps_agree_in_the_interpreter():
     if triton_ops.triton is None:
@@ -48,7 +50,7 @@ def test_the_steps_agree_in_the_interpreter():
         text=True,
         env=environment,
         cwd=ROOT,
-        timeout=240,
+        timeout=1_100,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert done.stdout.count(".") >= 7  # a dot for each that passed

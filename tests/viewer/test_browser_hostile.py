@@ -73,7 +73,11 @@ return begun && !waits && document.readyState === "complete" &&
 # ---- a run all of whose strings are hostile ------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["first", "last"])
+@pytest.fixture(
+    scope="module",
+    params=[False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["first", "last"],
+)
 def hostile(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> tuple[RunFolder, list[str]]:
