@@ -56,7 +56,7 @@ class Stored(NamedTuple):
     """Returns it, memory-mapped where the format allows; the bits of bfloat16 as uint16."""
 
 
-class Table(NamedTuple):
+class FileRows(NamedTuple):
     """One file's activations and what is beside them."""
 
     x: np.ndarray
@@ -78,7 +78,7 @@ class Table(NamedTuple):
             return torch.from_numpy(values.astype(np.float32))
 
 
-def open_table(file: Path, key: str = "", layer: int = -1) -> Table:
+def open_table(file: Path, key: str = "", layer: int = -1) -> FileRows:
     """Open the activations of a file.
 
     Args:
@@ -108,7 +108,7 @@ def open_table(file: Path, key: str = "", layer: int = -1) -> Table:
         for word, column in beside.items()
         if column is not None
     }
-    return Table(
+    return FileRows(
         x,
         stored.dtype,
         columns.get("documents"),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ksparse.config import ActsConfig
-from ksparse.data.tensor_files import READERS, Table, open_table
+from ksparse.data.tensor_files import READERS, FileRows, open_table
 from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.pylm.text import SPLITS
 from ksparse.storage import atomic, checksums, jsonio
@@ -194,7 +194,7 @@ _ENTRY: dict[str, jsonio.Types] = {
 }
 
 
-def _chunks(table: Table) -> Iterator[slice]:
+def _chunks(table: FileRows) -> Iterator[slice]:
     rows, width = table.x.shape
     size = max(1, _CHUNK // (width * 4))
     for first in range(0, rows, size):
@@ -206,7 +206,7 @@ def _block_of(rows: int) -> int:
     return -(-rows // _SUMS)
 
 
-def _sums(table: Table) -> dict[str, str]:
+def _sums(table: FileRows) -> dict[str, str]:
     """Return what locates a change: a sum of each block of rows, 8 hex digits each, and one of all
     rows in any order."""
     rows, size = len(table.x), _block_of(len(table.x))
@@ -263,7 +263,7 @@ class Tensors:
         self.manifest = _read_manifest(self.folder)
         self.d_model: int = self.manifest["d_model"]
         self.files: list[str] = [entry["file"] for entry in self.manifest["files"]]
-        self._tables: OrderedDict[int, Table] = OrderedDict()
+        self._tables: OrderedDict[int, FileRows] = OrderedDict()
         self._verify()
         self.ends = np.cumsum([entry["rows"] for entry in self.manifest["files"]])
         self.chosen = self._choose()
@@ -324,11 +324,11 @@ class Tensors:
             return f"its rows are in another order, {where}"
         return f"its activations are others, {where}"
 
-    def _open(self, number: int) -> Table:
+    def _open(self, number: int) -> FileRows:
         name, manifest = self.files[number], self.manifest
         return open_table(self.folder / name, manifest["key"], manifest["layer"])
 
-    def _table(self, number: int) -> Table:
+    def _table(self, number: int) -> FileRows:
         """Return an open file; those that were not used for longest are closed."""
         table = self._tables.pop(number, None)
         if table is None:

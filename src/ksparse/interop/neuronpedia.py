@@ -43,7 +43,7 @@ from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
 from ksparse.interop.latent_examples import Example, LatentExamples
 from ksparse.interop.neuronpedia_explanations import (
-    Explanations,
+    ExplanationSource,
     judge_row,
     read_explanations,
     row_id,
@@ -351,7 +351,7 @@ def _latent_rows(
     hook: str,
     names: dict[str, str],
     common: dict[str, str],
-    explanations: list[Explanations],
+    explanations: list[ExplanationSource],
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of a batch of latents, by table."""
     return {

@@ -25,7 +25,7 @@ _SCORE_TYPES = {"detection": "eleuther_recall", "fuzzing": "eleuther_fuzz"}
 
 
 @dataclass(frozen=True)
-class Explanations:
+class ExplanationSource:
     """The explanations that one method gives."""
 
     kind: str
@@ -77,10 +77,12 @@ class Explanations:
         return row_id(*names.values(), str(latent), self.kind)
 
 
-def read_explanations(run: RunFolder, source: LatentExamples) -> list[Explanations]:
+def read_explanations(run: RunFolder, source: LatentExamples) -> list[ExplanationSource]:
     """Return the explanations of a run: N2G's patterns, and those of `ksparse explain`."""
     return [
-        Explanations("n2g", "n2g: patterns of tokens, found by ksparse", _patterns(run, source)),
+        ExplanationSource(
+            "n2g", "n2g: patterns of tokens, found by ksparse", _patterns(run, source)
+        ),
         _in_words(run),
     ]
 
@@ -125,7 +127,7 @@ def _patterns(run: RunFolder, source: LatentExamples) -> dict[int, str]:
     }
 
 
-def _in_words(run: RunFolder) -> Explanations:
+def _in_words(run: RunFolder) -> ExplanationSource:
     """Return the explanations of `ksparse explain`, with their scores."""
     result = run.eval("explain") or {}
     rows, told = result.get("latents"), _table(result.get("tells_apart"))
@@ -139,7 +141,7 @@ def _in_words(run: RunFolder) -> Explanations:
     ]
     models = list(_table(_table(result.get("answers")).get("models")))
     asked = _table(result.get("options")).get("model")
-    return Explanations(
+    return ExplanationSource(
         "explain",
         "explain: by a language model, asked by ksparse",
         {row["latent"]: row["explanation"] for row in rows},
