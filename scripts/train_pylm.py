@@ -96,7 +96,9 @@ def optimizers(model: LlamaForCausalLM, width: int) -> list[torch.optim.Optimize
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0),
+        torch.optim.AdamW(
+            rest, lr=3e-3, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True
+        ),
     ]
 
 
@@ -122,6 +124,7 @@ def train(
             pad_token_id=1,
         )
     )
+    compiled = torch.compile(model)
     average = LlamaForCausalLM(model.config)
     average.load_state_dict(model.state_dict())
     ids, _ = tokenize("train")
@@ -156,7 +159,7 @@ def train(
             for group, rate in zip(opt.param_groups, rates):
                 group["lr"] = rate * min(1.0, step / warmup)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=rows, labels=rows).loss
+            loss = compiled(input_ids=rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
