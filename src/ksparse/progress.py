@@ -26,7 +26,9 @@ Progress = Callable[[str, int, int], None]
 
 
 DIRECT_LOGITS = "direct logits"
-"""A phase that one room reports and another plans."""
+FINDING_SUFFIXES = "explaining latents: suffixes"
+FINDING_WILDCARDS = "explaining latents: which tokens matter"
+"""Phases that one room reports and another plans."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:

@@ -59,6 +59,15 @@ def test_direct_logits_take_work_for_each_latent_and_token_of_the_vocabulary():
     assert evaluation.seconds("stats", case(LARGE), 1e9) > by_hand / 1e9
 
 
+def test_suffixes_that_latents_share_are_counted_once():
+    few, many = (
+        evaluation._n2g_reading(examples, positions=500, context=64)[evaluation.FINDING_SUFFIXES]
+        for examples in (500, 32_000)
+    )
+    assert few[0] == pytest.approx(500 / (1 - evaluation.LONGER), rel=1e-3)
+    assert few[0] < many[0] <= 500 * 64  # no more than each suffix of each position
+
+
 def test_each_loss_that_progressive_and_refinement_measure_is_counted():
     from ksparse.evals import progressive
 

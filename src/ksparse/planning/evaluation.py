@@ -20,7 +20,7 @@ from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
 from ksparse.limits import PRE_ACTS, logit_rows
 from ksparse.planning.costs import CONTEXT, CONTEXTS, LIBRARIES, LMSpec, bytes_of
-from ksparse.progress import DIRECT_LOGITS, Expected
+from ksparse.progress import DIRECT_LOGITS, FINDING_SUFFIXES, FINDING_WILDCARDS, Expected
 
 HELD = 10
 """Hidden states, activations and reconstructions [tokens, d_model] of a batch that are held at
@@ -39,10 +39,9 @@ MEAN_BATCHES = 16
 """Batches that the mean activation is computed from, at most."""
 PYTHON_TOKENS = 200
 """Tokens of Python source that are read for each row of a built-in task."""
-SUFFIX_TOKENS, WILDCARD_TOKENS = 50, 85
-"""Tokens that N2G reads for each example: to find its suffix, and which of its tokens matter."""
-SEQUENCES = 6
-"""Sequences of which these are, for each example and either purpose."""
+LONGER = 0.84
+"""Share of N2G's examples whose suffix is longer than l, of those for which it is longer than
+l - 1: 6 tokens on average, measured."""
 LOGIT = 600
 """FLOPs of the LM that take as long as to see whether a direct logit is among the largest and in
 which bin it lies; measured on a CPU."""
@@ -236,20 +235,43 @@ def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
 def _explanations(
     latents: int, per_latent: int, case: EvalCase, options: EvalConfig
 ) -> dict[str, Expected]:
-    built_on = options.tokens // 2  # activations are of two of four parts of the documents
+    positions = options.tokens // 2  # two of four parts of the documents are built on
     share = latents / case.n_latents
-    examples = round(min(latents * per_latent, built_on * case.k * share))
-    length = case.acts.context
-    calls = {"suffixes": length, "which tokens matter": length * (length + 1) // 3}
-    tokens = {"suffixes": SUFFIX_TOKENS, "which tokens matter": WILDCARD_TOKENS}
+    examples = round(min(latents * per_latent, positions * case.k * share))
+    calls = {
+        FINDING_SUFFIXES: case.acts.context,
+        FINDING_WILDCARDS: case.acts.context * (case.acts.context + 1) // 3,
+    }
     return {
-        f"explaining latents: {what}": Expected(
-            examples * (case.saes * tokens[what] * case.to_site + SEQUENCES * case.encode),
+        name: Expected(
+            round(case.saes * tokens * case.to_site + rows * case.encode),
             0,
-            case.saes * min(2 * examples, calls[what]) * _SECONDS["call"],
+            case.saes * min(2 * examples, calls[name]) * _SECONDS["call"],
             case.saes,
         )
-        for what in calls
+        for name, (rows, tokens) in _n2g_reading(examples, positions, case.acts.context).items()
+    }
+
+
+def _n2g_reading(examples: int, positions: int, context: int) -> dict[str, tuple[float, float]]:
+    """Return the distinct sequences that N2G reads, and their tokens, by phase.
+
+    Args:
+        examples: activations that explanations are built from.
+        positions: tokens of the text that they are taken from: latents that are active at the same
+            one read the same suffixes.
+        context: the longest suffix.
+    """
+    suffixes = wildcards = suffix_tokens = wildcard_tokens = 0.0
+    for length in range(1, context + 1):
+        tried = examples * LONGER ** (length - 1)
+        ended = tried * (1 - LONGER) if length < context else tried
+        rows, changed = min(tried, positions), min(ended, positions) * (length + 1)
+        suffixes, suffix_tokens = suffixes + rows, suffix_tokens + rows * (length + 2)
+        wildcards, wildcard_tokens = wildcards + changed, wildcard_tokens + changed * (length + 2)
+    return {
+        FINDING_SUFFIXES: (suffixes, suffix_tokens),
+        FINDING_WILDCARDS: (wildcards, wildcard_tokens),
     }
 
 

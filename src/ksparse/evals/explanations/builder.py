@@ -38,15 +38,13 @@ from ksparse.evals.explanations.patterns import (
 )
 from ksparse.lm.model import LM
 from ksparse.lm.tokens import token_strings
-from ksparse.progress import Progress, no_progress
+from ksparse.progress import FINDING_SUFFIXES, FINDING_WILDCARDS, Progress, no_progress
 from ksparse.sae.model import SAE, Code
 
 MIN_EXAMPLES = 2
 """Examples that a latent needs to be explained."""
 HALF = 0.5
 """Share of an activation that a shortened or changed text has to keep."""
-FINDING_SUFFIXES = "explaining latents: suffixes"
-FINDING_WILDCARDS = "explaining latents: which tokens matter"
 _ROW = 2  # tokens that a sequence costs besides its own: BOS, and the SAE at the last token
 BUILD, SCALE, SCORE = (0, 1), (2,), (3,)
 """The parts of the documents, by number modulo 4."""
