@@ -1,6 +1,7 @@
 # make demo    train, evaluate, report on the built-in LM     make test    the tests
 # make lint    format, lint, types, as CI has it                make check   what this machine is fit for
 # make bench   our losses beside the peers'                   make newest  the wheel with the newest versions
+# make docs    the site of documentation, in build/site
 # make setup   TORCH='torch --index-url https://download.pytorch.org/whl/cpu' takes torch without CUDA
 # make setup   .venv with ksparse (demo, check, bench do it first)
 #              and the tests' packages only for test and lint: $(VENV)/.done-test
@@ -11,7 +12,7 @@ TORCH  ?= torch
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint check newest bench setup
+.PHONY: demo test lint check newest bench docs setup
 
 demo: setup
 	$(BIN)/ksparse demo
@@ -26,6 +27,9 @@ lint: $(VENV)/.done-test
 
 check: setup
 	$(BIN)/ksparse doctor
+
+docs: $(VENV)/.done-docs
+	$(BIN)/python scripts/site/build.py
 
 bench: setup
 	$(BIN)/python bench/quality.py
@@ -47,6 +51,11 @@ $(VENV)/.done: pyproject.toml constraints.txt
 $(VENV)/.done-test: $(VENV)/.done
 	@echo "setup: the packages of the tests and the linters"
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.done-docs: $(VENV)/.done
+	@echo "setup: the packages of the site"
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 newest:

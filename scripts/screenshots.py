@@ -2,6 +2,11 @@
 
     python scripts/screenshots.py RUN OUT [--pages start latent …] [--latent N]
 
+Those of the README and the site, which must be small, are of the demo's run:
+
+    python scripts/screenshots.py runs/demo docs/pictures --pages start latent --latent 3705 \\
+        --widths wide --schemes light --tallest 1000 --colours 64
+
 Starts `ksparse view RUN`, opens each page in a headless Chromium, waits until nothing changes any
 more, and writes OUT/PAGE-WIDTH-SCHEME.png. Prints what the browser's console said, and pages that
 are wider than their window. Needs the extra `test`, Chromium and its chromedriver.
@@ -11,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import itertools
 import re
 import shutil
 import subprocess
@@ -108,8 +114,10 @@ def wait_until_quiet(browser: Any) -> None:
     print(f"{browser.current_url} still changes after {PATIENCE:g} s", file=sys.stderr)
 
 
-def shoot(browser: Any, address: str, width: int, scheme: str, file: Path) -> None:
-    """Write a picture of a page, from its top, as tall as it is up to TALLEST."""
+def shoot(
+    browser: Any, address: str, width: int, scheme: str, file: Path, tallest: int = TALLEST
+) -> None:
+    """Write a picture of a page, from its top, as tall as it is up to `tallest`."""
     size = {"width": width, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
     scheme_of_page = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -122,13 +130,22 @@ def shoot(browser: Any, address: str, width: int, scheme: str, file: Path) -> No
         "return [page.scrollHeight, page.scrollWidth - innerWidth]"
     )
     # Beyond the window, so that what is sized by the window's height stays as it is.
-    clip = {"x": 0, "y": 0, "width": width, "height": min(TALLEST, tall), "scale": 1}
+    clip = {"x": 0, "y": 0, "width": width, "height": min(tallest, tall), "scale": 1}
     picture = browser.execute_cdp_cmd(
         "Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True}
     )
     file.write_bytes(base64.b64decode(picture["data"]))
     said = [entry["message"] for entry in browser.get_log("browser")]
     print(file, *said, *([f"wider than the window by {over}"] if over > 0 else []), flush=True)
+
+
+def reduce(file: Path, colours: int) -> None:
+    """Write a picture again with a palette of so many colours."""
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        small = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    small.save(file, optimize=True)
 
 
 def main() -> None:
@@ -139,6 +156,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--pages", nargs="+", choices=list(PAGES), default=list(PAGES))
     parser.add_argument("--latent", type=int, help="default: the first of the table")
+    parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
+    parser.add_argument("--tallest", type=int, default=TALLEST, help="pixels of a picture at most")
+    parser.add_argument("--colours", type=int, help="reduce pictures to this many; default: all")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     with served(asked.run) as address, chromium() as browser:
@@ -153,10 +174,11 @@ def main() -> None:
             if page == "report" and not (asked.run / route).is_file():
                 print(f"no {route} in {asked.run}: `ksparse report {asked.run}` writes it")
                 continue
-            for name, width in WIDTHS.items():
-                for scheme in SCHEMES:
-                    file = asked.out / f"{page}-{name}-{scheme}.png"
-                    shoot(browser, place, width, scheme, file)
+            for name, scheme in itertools.product(asked.widths, asked.schemes):
+                file = asked.out / f"{page}-{name}-{scheme}.png"
+                shoot(browser, place, WIDTHS[name], scheme, file, asked.tallest)
+                if asked.colours:
+                    reduce(file, asked.colours)
 
 
 if __name__ == "__main__":

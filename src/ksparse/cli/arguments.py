@@ -10,7 +10,7 @@ import itertools
 import logging
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
@@ -213,16 +213,23 @@ def flags_of(options: type, prefix: str = "") -> list[Flag]:
     return list({flag.name: flag for flag in flags}.values())
 
 
-def flags_of_verb(name: str) -> list[Flag]:
-    """Return the flags of a verb, from the options that it would parse."""
+def options_of_verb(name: str, words: Sequence[str] = ()) -> list[type]:
+    """Return the options classes that a verb would parse, after some words that choose among them,
+    such as `--lm NAME` for bench."""
     options: list[type] = []
     token = _collected.set(options)
     try:
-        VERBS[name](["--help"])
+        VERBS[name]([*words, "--help"])
     except _FlagsCollected:
         pass
     finally:
         _collected.reset(token)
+    return options
+
+
+def flags_of_verb(name: str) -> list[Flag]:
+    """Return the flags of a verb, from the options that it would parse."""
+    options = options_of_verb(name)
     trust = [Flag(FLAG.removeprefix("--"), str)] if name in LOAD_LM else []
     return [flag for each in options for flag in flags_of(each)] + trust
 
@@ -303,7 +310,7 @@ def _reflow_help(options: type) -> None:
         if not dataclasses.is_dataclass(owner):
             continue
         fields = {field.name: field for field in dataclasses.fields(owner)}
-        for name, text in _field_docstrings(owner).items():
+        for name, text in field_docstrings(owner).items():
             fields[name].metadata = MappingProxyType(
                 {**fields[name].metadata, "help": " ".join(text.split())}
             )
@@ -312,7 +319,7 @@ def _reflow_help(options: type) -> None:
             _reflow_help(section)
 
 
-def _field_docstrings(owner: type) -> dict[str, str]:
+def field_docstrings(owner: type) -> dict[str, str]:
     """Return the strings that follow a class's annotated fields in its source."""
     statements = _class_bodies(owner.__module__)[owner.__name__]
     return {
