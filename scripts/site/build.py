@@ -30,7 +30,7 @@ NAV: dict[str, list[str]] = {
 """The pages of each part of the site, by their files in the repository."""
 OF_THE_ROOT = {"README.md": "index.md", "AGENTS.md": "agents.md"}
 LINK = re.compile(r"(\[(?:[^\]\[]|\[[^\]]*\])*\])\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
-CODE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
 def main() -> None:
@@ -124,8 +124,9 @@ def with_links(text: str, file: str, bring: Callable[[str], PurePosixPath]) -> s
         source = f"{source}/README.md" if (ROOT / source).is_dir() else source
         return f"{words}({os.path.relpath(bring(source), here)}{anchor or ''})"
 
-    parts = CODE.split(text)  # code is at odd places
-    return "".join(part if at % 2 else LINK.sub(moved, part) for at, part in enumerate(parts))
+    codes = CODE.findall(text)  # is left alone, also in the words of a link
+    masked = CODE.sub("\0", text)
+    return re.sub("\0", lambda _, code=iter(codes): next(code), LINK.sub(moved, masked))
 
 
 def write_text(file: Path, text: str) -> None:

@@ -246,11 +246,12 @@ def verb(name: str) -> str:
 def option_tables(owner: type) -> list[str]:
     """Return the table of a verb's own options; the keys of a recipe are named and linked."""
     texts, rows, linked = all_docstrings(owner), [], []
-    recipe_keys = {field.name for field in dataclasses.fields(config.Recipe)}
+    recipe_keys = options.field_types(config.Recipe)
+    recipe_sections = {each for hint in recipe_keys.values() for each in options.classes(hint)}
     defaults = {field.name: default_of(field) for field in dataclasses.fields(owner)}
     for name, hint in options.field_types(owner).items():
         kinds = options.classes(hint)
-        of_recipe = bool(kinds) and issubclass(kinds[0], options.Config)
+        of_recipe = bool(kinds) and kinds[0] in recipe_sections
         if of_recipe or (name in recipe_keys and issubclass(owner, config.Recipe)):
             linked.append(f"`--{name}.…`" if kinds else f"`--{name}`")
         elif kinds:
@@ -346,7 +347,11 @@ def recipe() -> str:
 
 def activations() -> list[str]:
     """Return the sections of the kinds of activation."""
-    parts = ["### `[sae.activation]`\n\nThe activation function, by its `kind`."]
+    kinds = " ".join(f"`{kind}`" for kind in config.ACTIVATION_CONFIGS)
+    parts = [
+        "### `[sae.activation]`\n\nThe activation function, by its kind.\n\n| key | default | |\n"
+        f"|---|---|---|\n| `sae.activation.kind` | `topk` | {kinds}: what becomes of pre-activations |"
+    ]
     for kind, section in config.ACTIVATION_CONFIGS.items():
         keys = [name for name in options.field_types(section) if name != "kind"]
         parts += [f'#### `kind = "{kind}"`', summary(section)]
