@@ -22,9 +22,9 @@ run_notebooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run_notebooks)
 
 FILES = run_notebooks.NOTEBOOKS
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = {"pylm": {"folder"}, "steering": {"attribute_choice", "compare"}}
-"""What notebooks use beside the names of ksparse itself: the README and docs/interop.md have them."""
+"""What notebooks use beside the names of ksparse itself: the documents have them."""
 every_notebook = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
