@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -168,14 +169,29 @@ def test_faults_of_a_built_site_are_found(tmp_path):
     (tmp_path / "b.html").write_text('<h1 id="top">b</h1>')
     (tmp_path / "a.html").write_text(
         '<a href="b.html#top">fine</a><a href="https://x.y">fine</a><a href="b.html#no">x</a>'
-        '<a href="c.html">x</a><img src="b.html"><script src="https://cdn.x/y.js"></script>'
+        '<a href="c.html">x</a><img src="b.html"><img src="b.html" alt="x/b.svg">'
+        '<img src="b.html" alt="b, in words"><script src="https://cdn.x/y.js"></script>'
     )
     assert [fault.partition(": ")[2] for fault in build.faults(tmp_path)] == [
         "<a> leads to b.html#no, which has no such place",
         "<a> leads to c.html, which is not there",
         "<img> b.html has no description",
+        "<img> b.html has no description",
         "<script> would load https://cdn.x/y.js",
     ]
+
+
+def test_a_figure_of_a_notebook_is_described_by_the_text_above_it():
+    notebook = {
+        "cells": [
+            {"cell_type": "markdown", "source": ["# Curve\n", "The `nmse` falls."], "metadata": {}},
+            {"cell_type": "code", "source": ["run.figure('nmse')"], "metadata": {}, "outputs": []},
+        ]
+    }
+    cells = json.loads(build.with_descriptions(json.dumps(notebook)))["cells"]
+    assert cells[1]["metadata"]["mystnb"]["image"]["alt"] == (
+        "Curve The nmse falls. (run.figure('nmse'))"
+    )
 
 
 @pytest.mark.slow

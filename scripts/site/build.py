@@ -12,6 +12,7 @@ Open build/site/index.html. Needs the extra `docs`.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -71,6 +72,7 @@ def stage(folder: Path) -> None:
         if not file.startswith("reference/"):
             text = (ROOT / file).read_text(encoding="utf-8")
             text = with_links(text, file, lambda target: bring(target, folder))
+            text = with_descriptions(text) if file.endswith(".ipynb") else text
             write_text(folder / place(file), text + contents() if file == "README.md" else text)
 
 
@@ -129,6 +131,19 @@ def with_links(text: str, file: str, bring: Callable[[str], PurePosixPath]) -> s
     return re.sub("\0", lambda _, code=iter(codes): next(code), LINK.sub(moved, masked))
 
 
+def with_descriptions(notebook: str) -> str:
+    """Return a notebook whose figures have the text above them, and their code, as description."""
+    content, said = json.loads(notebook), ""
+    for cell in content["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            said = " ".join(re.sub(r"[#`*]", "", source).split())
+        else:
+            image = {"alt": f"{said} ({source.splitlines()[-1] if source else ''})"}
+            cell["metadata"] = {"mystnb": {"image": image}}
+    return json.dumps(content)
+
+
 def write_text(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
@@ -170,7 +185,7 @@ def faults(site: Path) -> Iterator[str]:
     for file, found in files.items():
         for tag, attributes in found:
             where = f"{file.relative_to(site.resolve())}: <{tag}>"
-            if tag == "img" and not attributes.get("alt"):
+            if tag == "img" and re.fullmatch(r"|\S+\.(svg|png)", attributes.get("alt") or ""):
                 yield f"{where} {attributes.get('src')} has no description"
             for key in ("src", "href", "data"):
                 link = attributes.get(key) or ""
