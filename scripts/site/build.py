@@ -18,17 +18,35 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-NAV: dict[str, list[str]] = {
-    title: section["pages"]
-    for title, section in tomllib.loads((HERE / "nav.toml").read_text()).items()
-}
-"""The pages of each part of the site, by their files in the repository."""
+UNSORTED = "How to"
+"""The part of the site that gets the pages of docs/ which nav.toml does not name."""
+
+
+def navigation(nav: str, written: Iterable[str]) -> dict[str, list[str]]:
+    """Return the pages of each part of the site, by their files in the repository.
+
+    Args:
+        nav: nav.toml.
+        written: pages that must be in the site, also where nav.toml does not name them.
+    """
+    parts: dict[str, list[str]] = {
+        title: list(part["pages"]) for title, part in tomllib.loads(nav).items()
+    }
+    named = {page for pages in parts.values() for page in pages}
+    parts[UNSORTED] += sorted(set(written) - named)
+    return parts
+
+
+NAV = navigation(
+    (HERE / "nav.toml").read_text(),
+    (file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").rglob("*.md")),
+)
 OF_THE_ROOT = {"README.md": "index.md", "AGENTS.md": "agents.md"}
 LINK = re.compile(r"(\[(?:[^\]\[]|\[[^\]]*\])*\])\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
