@@ -70,20 +70,35 @@ def pages() -> dict[str, str]:
 
 def api() -> str:
     """Return the page of every public name."""
-    parts = [
-        "# API\n\nWhat `import ksparse` offers. Names are imported when they are first used, so the import "
-        "itself takes no time."
+    names = [f"ksparse.{name}" for name in ksparse.__all__]
+    index = [
+        f"| [`{name}`](#{re.sub(r'[^a-z0-9_]', '', name.lower())}) | {first_sentence(name)} |"
+        for name in names
     ]
-    parts += ["## `ksparse`", *(describe(f"ksparse.{name}") for name in ksparse.__all__)]
-    for title, names in MORE_NAMES.items():
-        parts += [f"## {title}", *map(describe, names)]
+    parts = [
+        "# API\n\nWhat `import ksparse` offers. Names are imported when they are first used, so the "
+        "import itself takes no time.",
+        "\n".join(["| name | |", "|---|---|", *index]),
+    ]
+    parts += ["## `ksparse`", *map(describe, names)]
+    for title, more in MORE_NAMES.items():
+        parts += [f"## {title}", *map(describe, more)]
     return "\n\n".join(parts)
+
+
+def find(name: str) -> Any:
+    module, _, last = name.rpartition(".")
+    return getattr(import_module(module), last)
+
+
+def first_sentence(name: str) -> str:
+    paragraph = " ".join((inspect.getdoc(find(name)) or "").partition("\n\n")[0].split())
+    return re.split(r"(?<=[.:]) (?=[A-Z])", paragraph)[0]
 
 
 def describe(name: str) -> str:
     """Return heading, signature, docstring and members of a function or class."""
-    module, _, last = name.rpartition(".")
-    found = getattr(import_module(module), last)
+    found, last = find(name), name.rpartition(".")[2]
     parts = [f"### `{name}`"]
     if not (inspect.isclass(found) and issubclass(found, Exception)):
         parts.append(f"```python\n{signature(last, found)}\n```")
