@@ -168,7 +168,18 @@ def test_commands_in_the_documents_have_verbs_and_flags_that_there_are(verb, fla
     assert flags <= {flag.replace("_", "-") for flag in known} | known
 
 
-@pytest.mark.parametrize("file, least", [("README.md", 5), ("docs/commands.md", 18)])
+WITH_COMMANDS = [
+    file.relative_to(ROOT).as_posix()
+    for folder in ("how-to", "tutorials")
+    for file in sorted((ROOT / "docs" / folder).glob("*.md"))
+    if re.search(r"^ksparse (?!doctor)", file.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(
+    "file, least",
+    [("README.md", 5), ("docs/commands.md", 18), *((file, 1) for file in WITH_COMMANDS)],
+)
 def test_commands_of_a_page_are_read_as_they_stand(file, least, monkeypatch):
     """Values too: each is parsed, and nothing is run."""
     import shlex
