@@ -29,7 +29,10 @@ from ksparse.lm.sites import resolve
 if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
 
-POLICY = ("context", "bos", "borders", "keep", "shuffle_tokens")
+POLICY = (
+    *("context", "bos", "borders", "keep", "shuffle_tokens"),
+    *("chat", "roles", "pretokenized"),
+)
 """Keys of `acts` that decide which contexts and positions are read."""
 _log = logging.getLogger("ksparse")
 
@@ -50,7 +53,8 @@ def trained_on(metadata: dict[str, Any]) -> dict[str, Any]:
     if made_by_others(metadata):
         known = {key: known[key] for key in ("lm", "site", "normalize") if known.get(key)}
     names = [field.name for field in dataclasses.fields(ActsConfig)]
-    return {name: known[name] for name in names if name in known}
+    trained = {name: known[name] for name in names if name in known}
+    return trained | ({"roles": tuple(trained["roles"])} if "roles" in trained else {})
 
 
 def made_by_others(metadata: dict[str, Any]) -> bool:
