@@ -118,7 +118,7 @@ class ChatTemplate:
     @property
     def digest(self) -> str:
         """A hash of the template."""
-        return jsonio.digest(self.tokenizer.chat_template)
+        return digest_of(self.tokenizer.chat_template)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[EncodedChat]:
         """Return the ids of conversations, as `apply_chat_template` gives them, and which are kept.
@@ -228,6 +228,11 @@ class ChatTemplate:
         whole = (count(own) == ends - starts) & (ends > starts)
         mine = (count(own & solid) > 0) & (count(~own & solid) == 0)
         return (whole | mine) & ~np.isin(ids, self._special)
+
+
+def digest_of(template: Any) -> str:
+    """Return a hash of a tokenizer's chat template: a text, several by name, or None."""
+    return jsonio.digest(template)
 
 
 def _summary(error: Exception) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 
 from ksparse.config import ActsConfig
 from ksparse.errors import InputError
+from ksparse.lm.chat import digest_of
 from ksparse.lm.loading import find_model
 from ksparse.lm.model import LM
 from ksparse.lm.sites import resolve
@@ -210,7 +211,7 @@ def _contradictions(
         result.append(("tokenizer", lm.options.tokenizer, trained["tokenizer"]))
     if lm.folder is None and trained.get("revision", lm.options.revision) != lm.options.revision:
         result.append(("revision", lm.options.revision, trained["revision"]))
-    result += _other_weights(trained, lm)
+    result += _other_weights(trained, lm) + _other_template(metadata, lm)
     recorded, actual = metadata.get("subject") or {}, describe_lm(lm.model)
     return result + [
         (f"the LM's {key}", actual[key], recorded[key])
@@ -224,6 +225,13 @@ def _other_weights(trained: dict[str, Any], lm: LM) -> list[tuple[str, Any, Any]
     weights = trained.get("lm_weights", ActsConfig.lm_weights)
     here = lm.options.lm_weights
     return [("lm_weights", here, weights)] if weights != here else []
+
+
+def _other_template(metadata: dict[str, Any], lm: LM) -> list[tuple[str, Any, Any]]:
+    """Return the contradiction if conversations were rendered by another template than the LM's."""
+    trained = (metadata.get("policy") or {}).get("chat_template")
+    here = digest_of(lm.tokenizer.chat_template)
+    return [("the chat template", here, trained)] if trained not in (None, here) else []
 
 
 def _overrides(trained: dict[str, Any], lm: LM) -> dict[str, Any]:
