@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ _LEAST_TOKENS = 3
 """Tokens of the shortest context with borders = 'split': fewer predict nothing from text."""
 _MAX_UNKEPT = 1000
 """Conversations in a row without a token to keep, before the roles are given up."""
+_log = logging.getLogger("ksparse")
 
 
 class TextCursor(NamedTuple):
@@ -106,6 +108,7 @@ class Corpus:
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
         )
         self.special = set(ends)
+        self._is_told = False
         self._unkept = 0  # conversations in a row without a token to keep
         self.names: dict[int, str] = {}
         self._cut: dict[int, int] = {}  # tokens left out, by document: a second epoch adds none
@@ -217,7 +220,9 @@ class Corpus:
         """Yield the ids of documents, and of conversations which of them are kept."""
         if self.chat:
             conversations = [document.chat for document in group if document.chat]
-            for chat, encoded in zip(conversations, self.chat.encode(conversations)):
+            found = self.chat.encode(conversations)
+            self._tell_share(found)
+            for chat, encoded in zip(conversations, found):
                 self._check_roles(chat, encoded)
                 yield encoded
         elif self.acts.pretokenized:
@@ -229,6 +234,21 @@ class Corpus:
             )["input_ids"]
             for ids in rows:
                 yield ids, None
+
+    def _tell_share(self, found: list[EncodedChat]) -> None:
+        """Log once how conversations are read and how much of them is kept."""
+        if not self._is_told:
+            self._is_told = True
+            total = sum(len(chat.ids) for chat in found)
+            kept = sum(sum(chat.kept) for chat in found)
+            _log.info(
+                "text %s: conversations are rendered by the tokenizer's chat template; tokens of "
+                "%s are kept, %.0f %% of the first %d conversations",
+                self.acts.text,
+                ", ".join(self.acts.roles) or "all roles",
+                100 * kept / max(1, total),
+                len(found),
+            )
 
     def _check_roles(self, chat: Conversation, encoded: EncodedChat) -> None:
         """Raise InputError where nothing is kept of many conversations in a row."""

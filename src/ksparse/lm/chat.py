@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError, nodes
@@ -215,7 +215,7 @@ class ChatTemplate:
         own = marks & _KEPT > 0
         if _has_generation(self.tokenizer.chat_template):
             own &= (marks & _ASSISTANT == 0) | (marks & _GENERATED > 0)
-        solid = np.array([not char.isspace() for char in text])
+        solid = np.array([not char.isspace() for char in str.__str__(text)])
         starts, ends = np.array(offsets).T
         # Some tokenizers leave the space before a word out of its offsets: it is the word's.
         ends = np.maximum.accumulate(ends)
@@ -284,7 +284,7 @@ class _CodeGenerator(CodeGenerator):
 class _Generation(Extension):
     """`{% generation %}`: what stands in it is written by the assistant."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
