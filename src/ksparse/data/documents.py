@@ -23,7 +23,7 @@ from ksparse import pylm
 from ksparse.config import ActsConfig
 from ksparse.data.mixture import interleave, parts_of
 from ksparse.data.sources import (
-    Report,
+    RowReport,
     read_conversations,
     read_texts,
     read_token_ids,
@@ -100,9 +100,11 @@ def _mixed(acts: ActsConfig) -> Iterator[Document]:
 
 def _read(acts: ActsConfig) -> Iterator[Document]:
     """Yield the documents of one source; their numbers are not set."""
-    surrogates = Report(acts.text, "half a character (a lone surrogate), which is read as U+FFFD")
+    surrogates = RowReport(
+        acts.text, "half a character (a lone surrogate), which is read as U+FFFD"
+    )
     nothing = "null or no message" if acts.chat != "none" else "null"
-    nulls = Report(acts.text, f"{nothing} in the column {acts.column!r}, which is skipped")
+    nulls = RowReport(acts.text, f"{nothing} in the column {acts.column!r}, which is skipped")
     for document in _read_any(acts, nulls):
         if rows.has_lone_surrogate(document.text):
             surrogates.add(document.name)
@@ -116,7 +118,7 @@ def _read(acts: ActsConfig) -> Iterator[Document]:
     nulls.finish()
 
 
-def _read_any(acts: ActsConfig, nulls: Report) -> Iterator[Document]:
+def _read_any(acts: ActsConfig, nulls: RowReport) -> Iterator[Document]:
     if acts.chat != "none":
         for name, chat in read_conversations(acts, nulls):
             yield Document(-1, name, chat=chat)

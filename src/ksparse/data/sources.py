@@ -27,7 +27,7 @@ _log = logging.getLogger("ksparse")
 _Value = TypeVar("_Value")
 
 
-class Report:
+class RowReport:
     """Warns about rows that are not used as they are: names the first, then counts all."""
 
     def __init__(self, source: str, what: str):
@@ -51,7 +51,7 @@ def warn_once(message: str) -> None:
     _log.warning("%s", message)
 
 
-def read_texts(acts: ActsConfig, nulls: Report) -> Iterator[tuple[str, str | Iterable[str]]]:
+def read_texts(acts: ActsConfig, nulls: RowReport) -> Iterator[tuple[str, str | Iterable[str]]]:
     """Yield the texts of a source; those of a .txt file as chunks, to be read one after another."""
     column = acts.column
     if not is_local(acts.text):
@@ -77,12 +77,12 @@ def read_texts(acts: ActsConfig, nulls: Report) -> Iterator[tuple[str, str | Ite
         yield from _without_nulls(texts, str(file), file.name, column, nulls)
 
 
-def read_conversations(acts: ActsConfig, nulls: Report) -> Iterator[tuple[str, Conversation]]:
+def read_conversations(acts: ActsConfig, nulls: RowReport) -> Iterator[tuple[str, Conversation]]:
     """Yield the conversations of a source, with the tools in the column `tools` if there is one."""
     yield from _read_column(acts, TOOLS, conversation_of, nulls)
 
 
-def read_token_ids(acts: ActsConfig, nulls: Report) -> Iterator[tuple[str, list[int]]]:
+def read_token_ids(acts: ActsConfig, nulls: RowReport) -> Iterator[tuple[str, list[int]]]:
     """Yield the token ids of a source, without those that its column `attention_mask` leaves
     out."""
     yield from _read_column(acts, MASK, token_ids_of, nulls)
@@ -92,7 +92,7 @@ def _read_column(
     acts: ActsConfig,
     beside: str,
     read: Callable[[Any, str, str], _Value | None],
-    nulls: Report,
+    nulls: RowReport,
 ) -> Iterator[tuple[str, _Value]]:
     """Yield (name, value) of the rows of every file, as `read(row, column, where)` finds it."""
     column = acts.column
@@ -230,7 +230,7 @@ def _without_nulls(
     source: str,
     name: str,
     column: str,
-    nulls: Report,
+    nulls: RowReport,
 ) -> Iterator[tuple[str, _Value]]:
     """Yield ('NAME:ROW', value) of (row, value); raise InputError where no row has a value."""
     row, is_empty = -1, True

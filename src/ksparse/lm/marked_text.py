@@ -8,8 +8,9 @@ UNCLEAR, so that no mark is ever wrong in silence.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 UNCLEAR = 128
@@ -66,115 +67,92 @@ class MarkedText(str):
 
     __rmul__ = __mul__
 
-    def __mod__(self, values: Any) -> MarkedText:
-        return MarkedText(self._plain % values)
-
     def __rmod__(self, template: str) -> MarkedText:
         return MarkedText(str(template) % self._plain)
 
-    # ---- parts
-
-    def lstrip(self, chars: str | None = None) -> MarkedText:
-        return self._part(len(self) - len(self._plain.lstrip(chars)), len(self))
-
-    def rstrip(self, chars: str | None = None) -> MarkedText:
-        return self._part(0, len(self._plain.rstrip(chars)))
-
-    def strip(self, chars: str | None = None) -> MarkedText:
-        return self.lstrip(chars).rstrip(chars)
-
-    def removeprefix(self, prefix: str) -> MarkedText:
-        return self._part(len(self) - len(self._plain.removeprefix(prefix)), len(self))
-
-    def removesuffix(self, suffix: str) -> MarkedText:
-        return self._part(0, len(self._plain.removesuffix(suffix)))
-
-    def _find(self, parts: Iterable[str], gap: int | None) -> list[str]:
-        """Return parts, given in their order, with their marks; `gap` characters lie between two of
-        them, or white space if None."""
-        found: list[str] = []
-        at = 0
-        for part in parts:
-            if gap is None:
-                at = self._plain.index(part, at)
-            found.append(self._part(at, at + len(part)))
-            at += len(part) + (gap or 0)
-        return found
-
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._find(self._plain.split(sep, maxsplit), None if sep is None else len(sep))
-
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._find(self._plain.rsplit(sep, maxsplit), None if sep is None else len(sep))
-
-    def splitlines(self, keepends: bool = False) -> list[str]:
-        whole = self._find(self._plain.splitlines(True), 0)
-        if keepends:
-            return whole
-        return [line[: len(text)] for line, text in zip(whole, self._plain.splitlines())]
-
-    def partition(self, sep: str) -> tuple[str, str, str]:
-        first, middle, last = self._find(self._plain.partition(sep), 0)
-        return first, middle, last
-
-    def rpartition(self, sep: str) -> tuple[str, str, str]:
-        first, middle, last = self._find(self._plain.rpartition(sep), 0)
-        return first, middle, last
-
-    # ---- changes
-
-    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> str:  # type: ignore[override]
-        if not old:
-            return MarkedText(self._plain.replace(old, new, count))
-        return join(new, self.split(old, count))
-
     def join(self, parts: Iterable[str]) -> str:
+        """Return texts with this one between them, with their marks."""
         return join(self, parts)
 
-    def _recased(self, text: str) -> MarkedText:
-        return MarkedText(text, self._marks if len(text) == len(self) else None)
 
-    def lower(self) -> MarkedText:
-        return self._recased(self._plain.lower())
+def _part_at_end(text: MarkedText, result: str, *args: Any) -> MarkedText:
+    return text._part(len(text) - len(result), len(text))
 
-    def upper(self) -> MarkedText:
-        return self._recased(self._plain.upper())
 
-    def casefold(self) -> MarkedText:
-        return self._recased(self._plain.casefold())
+def _part_at_start(text: MarkedText, result: str, *args: Any) -> MarkedText:
+    return text._part(0, len(result))
 
-    def capitalize(self) -> MarkedText:
-        return self._recased(self._plain.capitalize())
 
-    def title(self) -> MarkedText:
-        return self._recased(self._plain.title())
+def _part_inside(text: MarkedText, result: str, *args: Any) -> MarkedText:
+    start = len(text) - len(text._plain.lstrip(*args))
+    return text._part(start, start + len(result))
 
-    def swapcase(self) -> MarkedText:
-        return self._recased(self._plain.swapcase())
 
-    def center(self, *args: Any) -> MarkedText:
-        return MarkedText(self._plain.center(*args))
+def _parts(
+    text: MarkedText, result: list[str], sep: str | None = None, *args: Any, **options: Any
+) -> list[str]:
+    """Return what lies between separators, or between white space."""
+    found: list[str] = []
+    at = 0
+    for part in result:
+        at = text._plain.index(part, at) if sep is None else at
+        found.append(text._part(at, at + len(part)))
+        at += len(part) + len(sep or "")
+    return found
 
-    def ljust(self, *args: Any) -> MarkedText:
-        return MarkedText(self._plain.ljust(*args))
 
-    def rjust(self, *args: Any) -> MarkedText:
-        return MarkedText(self._plain.rjust(*args))
+def _lines(text: MarkedText, result: list[str], *args: Any, **options: Any) -> list[str]:
+    whole = _parts(text, text._plain.splitlines(True), "")
+    return [line[: len(kept)] for line, kept in zip(whole, result)]
 
-    def zfill(self, *args: Any) -> MarkedText:
-        return MarkedText(self._plain.zfill(*args))
 
-    def expandtabs(self, *args: Any, **options: Any) -> MarkedText:
-        return MarkedText(self._plain.expandtabs(*args, **options))
+def _three_parts(text: MarkedText, result: tuple[str, str, str], *args: Any) -> tuple[str, ...]:
+    return tuple(_parts(text, list(result), ""))
 
-    def translate(self, table: Any) -> MarkedText:
-        return MarkedText(self._plain.translate(table))
 
-    def format(self, *args: Any, **values: Any) -> MarkedText:
-        return MarkedText(self._plain.format(*args, **values))
+def _replaced(text: MarkedText, result: str, old: str, new: str, count: int = -1) -> str:
+    return join(new, text.split(old, count)) if old else MarkedText(result)
 
-    def format_map(self, values: Any) -> MarkedText:
-        return MarkedText(self._plain.format_map(values))
+
+def _recased(text: MarkedText, result: str) -> MarkedText:
+    return MarkedText(result, text._marks if len(result) == len(text) else None)
+
+
+def _unclear(text: MarkedText, result: str, *args: Any, **options: Any) -> MarkedText:
+    return MarkedText(result)
+
+
+_METHODS: dict[Callable[..., Any], tuple[str, ...]] = {
+    _part_at_end: ("lstrip", "removeprefix"),
+    _part_at_start: ("rstrip", "removesuffix"),
+    _part_inside: ("strip",),
+    _parts: ("split", "rsplit"),
+    _lines: ("splitlines",),
+    _three_parts: ("partition", "rpartition"),
+    _replaced: ("replace",),
+    _recased: ("lower", "upper", "casefold", "capitalize", "title", "swapcase"),
+    _unclear: (
+        *("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format", "format_map"),
+        "__mod__",
+    ),
+}
+"""How marks follow the methods of str that return texts."""
+
+
+def _method(name: str, follow: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of str that carries marks to its result."""
+    plain = getattr(str, name)
+
+    @functools.wraps(plain)
+    def method(self: MarkedText, *args: Any, **options: Any) -> Any:
+        return follow(self, plain(self._plain, *args, **options), *args, **options)
+
+    return method
+
+
+for _follow, _names in _METHODS.items():
+    for _name in _names:
+        setattr(MarkedText, _name, _method(_name, _follow))
 
 
 def marks_of(text: str) -> bytes:
