@@ -61,7 +61,7 @@ from ksparse.cli.arguments import parse_recipe
 from ksparse.cli.train import TrainArgs
 from ksparse.config import ActsConfig, Recipe
 from ksparse.config.evaluation import EvalConfig
-from ksparse.data import documents, shards
+from ksparse.data import documents, shards, sources
 from ksparse.data.contexts import Corpus
 from ksparse.data.documents import SPLITS
 from ksparse.data.sharded import ShardStream
@@ -983,7 +983,7 @@ def text_input(world: World, folder: Path, draw: random.Random) -> Trial:
     )
 
     def read() -> None:
-        documents._warn_once.cache_clear()
+        sources.warn_once.cache_clear()
         for split in SPLITS:
             for document in documents.documents(acts, split):
                 document.text.encode()

@@ -128,6 +128,12 @@ def test_the_example_with_activations_from_anywhere_runs(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "mine" / "acts" / "00000.safetensors").is_file()
 
 
+def test_the_example_with_a_conversation_runs():
+    text = blocks("docs/chat.md")
+    assert "\nassert kept ==" in text
+    exec(compile(text, "docs/chat.md", "exec"), {})
+
+
 DOCUMENTS = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(r"(?:^|`|-m )ksparse ([a-z]+)((?: [^`\n]*)?)", re.MULTILINE)
 

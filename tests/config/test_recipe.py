@@ -66,6 +66,8 @@ def sections(kind):
                 (SAEConfig, "decoder_cosine_min"),
                 (SAEConfig, "k_start"),
                 (ActsConfig, "lm_weights"),
+                (ActsConfig, "chat"),
+                (ActsConfig, "roles"),
                 (OptimConfig, "decay"),
                 (CurveConfig, "window"),
                 (MeshConfig, "capacity"),

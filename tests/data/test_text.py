@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from ksparse.config import ActsConfig
 from ksparse.data import documents as module
+from ksparse.data import sources
 from ksparse.data.contexts import Corpus, TextCursor
 from ksparse.data.documents import PIECE_CHARACTERS, documents
 from ksparse.errors import InputError
@@ -429,7 +430,7 @@ def hub(monkeypatch):
         "datasets",
         types.SimpleNamespace(load_dataset=lambda *args, **options: iter(given)),
     )
-    module._warn_once.cache_clear()
+    sources.warn_once.cache_clear()
     return given
 
 
@@ -985,7 +986,9 @@ def test_documents_that_begin_with_bos_get_no_second_one(
         found[name] = [corpus(acts, folder, split) for split in SPLITS]
     tokens = {
         name: sorted(
-            [made.tokenizer.bos_token_id, *ids] for made in corpora for _, ids in made._tokenize(0)
+            [made.tokenizer.bos_token_id, *ids]
+            for made in corpora
+            for _, ids, _ in made._tokenize(0)
         )
         for name, corpora in found.items()
     }

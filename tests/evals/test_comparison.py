@@ -167,6 +167,15 @@ def test_what_does_not_change_a_number_does_not_matter():
     ] == ["x", "y"]
 
 
+def test_the_sae_whose_ablations_change_fewer_logits_is_first():
+    few, many = (
+        {"ablation": {**RESULT, "ablation_sparsity": {"value": value, "se": 0.01}}}
+        for value in (0.1, 0.3)
+    )
+    rows = comparison.table({"many": many, "few": few}, {"many": "none", "few": "none"})
+    assert [row.name for row in rows] == ["few", "many"]
+
+
 def test_what_is_not_ranked_is_named():
     with pytest.raises(
         InputError, match="SAEs are not ranked by 'speed'; there are ce_delta, kl, recovered"

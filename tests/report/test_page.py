@@ -107,6 +107,7 @@ def test_a_run_with_all_results_has_every_section(whole, page) -> None:
         "Is it good?",
         "Latents",
         "What its latents know",
+        "What latents mean, in words",
         "Better than an artefact?",
         "How it trained",
         "Codes and latents in detail",

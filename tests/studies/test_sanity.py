@@ -263,7 +263,7 @@ def test_an_activation_without_k_has_no_sweep_of_it(small_recipe, tmp_path, aske
     assert controls.asked_run(Study("sanity", options)).by_k == {}
 
 
-NMSE = Measure("nmse", "stats", "nmse", 1, "normalised MSE")
+NMSE = Measure("nmse", "stats", "nmse", "normalised MSE")
 
 
 def test_the_error_of_a_difference_counts_documents_once_and_seeds_twice():
@@ -290,7 +290,7 @@ def test_seeds_can_make_a_difference_untold_that_documents_alone_would_tell():
 
 def compared(verdict, words):
     value = {"value": 0.0, "se": 1.0}
-    return MeasureComparison(Measure(words, "", "", 1, words), value, value, value, verdict)
+    return MeasureComparison(Measure(words, "", "", words), value, value, value, verdict)
 
 
 @pytest.mark.parametrize(

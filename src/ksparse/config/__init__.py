@@ -20,9 +20,10 @@ from ksparse.config.activations import (
     activation_kind,
 )
 from ksparse.config.keywords import recipe_of
-from ksparse.config.options import LARGEST, Config, check_fields, flat, preview
+from ksparse.config.options import LARGEST, Config, check_fields, flat, plain, preview
 from ksparse.config.schema import (
     CONTROLS,
+    LATER_ACTS,
     ActsConfig,
     CurveConfig,
     MeshConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "CONTROLS",
     "LARGEST",
     "LARGEST_TOML",
+    "LATER_ACTS",
     "MOST_DOTS",
     "ActivationConfig",
     "ActsConfig",
@@ -75,6 +77,7 @@ __all__ = [
     "from_dict",
     "k_aux",
     "load_recipe",
+    "plain",
     "preview",
     "read_toml",
     "recipe_of",

@@ -36,6 +36,12 @@ CONTROLS = {
     "sae": ("freeze", "decoder_cosine_min"),
 }
 """Keys of controls, with which an SAE learns less than it could, to be compared with."""
+LATER_ACTS = (
+    *("lm_device_map", "lm_quantize", *CONTROLS["acts"]),
+    *("chat", "roles", "pretokenized"),
+)
+"""Keys of `acts` that older runs and shards do not have: they are left out of names at their
+defaults."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,16 @@ class ActsConfig(Config):
     """Split of a data set on the Hub. Held-out documents are taken from the same split, chosen by a
     hash of each document."""
     text_field: str = "text"
-    """Column that holds the text, in a .jsonl or .parquet file or a data set on the Hub."""
+    """Column that holds the text, in a .jsonl or .parquet file or a data set on the Hub. With
+    `chat` the column of the messages, `messages` if this is not given."""
+    pretokenized: bool = False
+    """The column holds lists of token ids by this LM's own tokenizer (`input_ids`), not text."""
+    chat: Literal["none", "template"] = "none"
+    """template: the column holds conversations, lists of messages with `role` and `content`. They
+    are rendered by the tokenizer's chat template, whose own tokens are never trained on."""
+    roles: tuple[str, ...] = ()
+    """With `chat`, roles whose tokens are trained on, such as assistant or user, as the messages
+    name them. None: all."""
     context: int = 64
     """Tokens per context, BOS included (paper: 64)."""
     bos: Literal["auto", "none"] = "auto"
@@ -127,11 +142,30 @@ class ActsConfig(Config):
                 f"acts.lm_weights is {self.lm_weights!r} and acts.lm_quantize is "
                 f"{self.lm_quantize!r}; quantized weights cannot be drawn anew: give one of them"
             )
+        self._check_kind_of_text()
         if self.context < 3:
             raise InputError(
                 f"acts.context is {self.context}; a context needs at least 3 tokens to predict "
                 "one from text"
             )
+
+    def _check_kind_of_text(self) -> None:
+        if self.roles and self.chat == "none":
+            raise InputError(
+                f"acts.roles is {list(self.roles)} and acts.chat is 'none'; only conversations "
+                "have roles: give acts.chat 'template', or leave acts.roles out"
+            )
+        if self.chat != "none" and self.pretokenized:
+            raise InputError(
+                "acts.chat is 'template' and acts.pretokenized is true; token ids have no roles: "
+                "give one of them"
+            )
+
+    @property
+    def column(self) -> str:
+        """The column that is read: `text_field`, or `messages` for conversations."""
+        is_default = self.chat != "none" and self.text_field == ActsConfig.text_field
+        return "messages" if is_default else self.text_field
 
 
 @dataclass(frozen=True)
@@ -618,7 +652,7 @@ class Recipe(Config):
         for key in (*later, *CONTROLS["sae"]):
             if getattr(self.sae, key) == getattr(SAEConfig, key):
                 del table["sae"][key]
-        for key in ("lm_device_map", "lm_quantize", *CONTROLS["acts"]):
+        for key in LATER_ACTS:
             if getattr(self.acts, key) == getattr(ActsConfig, key):
                 del table["acts"][key]
         if self.acts.lm_dtype == "auto":  # what it was before there was a choice by device

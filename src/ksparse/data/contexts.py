@@ -6,6 +6,9 @@
 - bos = 'auto': position 0 is the tokenizer's BOS, if it has one. A document that brings its own BOS
   or separator gets no second one.
 - shuffle_tokens: the text tokens of each context are put in another order.
+- chat = 'template': documents are conversations, rendered by the tokenizer's chat template; what
+  the template writes, and contents of roles that are not asked for, are not used (`lm.chat`). Each
+  conversation brings its own marks, so a separator is put between two only if it is BOS.
 - keep = 'text': activations are not used at position 0, whether or not it is BOS (in a model
   without BOS the first token takes its role), at BOS, EOS and separators, and at padding.
 """
@@ -13,6 +16,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,9 +24,10 @@ import numpy as np
 import torch
 
 from ksparse.config import ActsConfig
-from ksparse.data.documents import documents
+from ksparse.data.documents import Document, documents
 from ksparse.data.permutation import permutation
 from ksparse.errors import InputError
+from ksparse.lm.chat import ChatTemplate, Conversation, EncodedChat
 from ksparse.lm.tokens import TokenBatch, without_bos
 from ksparse.pylm.text import SPLITS
 
@@ -30,6 +35,9 @@ _TOKENIZED_TOGETHER = 32
 """Documents given to the tokenizer in one call."""
 _LEAST_TOKENS = 3
 """Tokens of the shortest context with borders = 'split': fewer predict nothing from text."""
+_MAX_UNKEPT = 1000
+"""Conversations in a row without a token to keep, before the roles are given up."""
+_log = logging.getLogger("ksparse")
 
 
 class TextCursor(NamedTuple):
@@ -52,6 +60,16 @@ class Context(NamedTuple):
     start: TextCursor
     next: TextCursor
     """Where the next context begins."""
+    kept: list[bool] | None = None
+    """Of a conversation: which tokens are contents of a role that is kept."""
+
+
+class _Tokens(NamedTuple):
+    """A document as token ids, without BOS and separators."""
+
+    index: int  # type: ignore[assignment]  # hides the method of a tuple
+    ids: list[int]
+    kept: list[bool] | None
 
 
 class Corpus:
@@ -78,11 +96,20 @@ class Corpus:
         self.bos = tokenizer.bos_token_id if acts.bos == "auto" else None
         # compared with None, since 0 is an id
         ends = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+        self.chat = (
+            ChatTemplate(tokenizer, acts.roles, owner=acts.tokenizer or acts.lm)
+            if acts.chat != "none"
+            else None
+        )
         self.separator = ends[0] if ends else None
+        if self.chat and tokenizer.bos_token_id is None:
+            self.separator = None  # the template itself ends what it writes
         self.pad = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
         )
         self.special = set(ends)
+        self._is_told = False
+        self._unkept = 0  # conversations in a row without a token to keep
         self.names: dict[int, str] = {}
         self._cut: dict[int, int] = {}  # tokens left out, by document: a second epoch adds none
 
@@ -108,6 +135,16 @@ class Corpus:
             "split": self.split,
             "tokens_per_document": self.per_document,
             **({"shuffle_tokens": True} if self.acts.shuffle_tokens else {}),
+            **({"pretokenized": True} if self.acts.pretokenized else {}),
+            **(
+                {
+                    "chat": self.acts.chat,
+                    "chat_template": self.chat.digest,
+                    "roles": list(self.acts.roles),
+                }
+                if self.chat
+                else {}
+            ),
         }
 
     def contexts(self, start: TextCursor = TextCursor()) -> Iterator[Context]:
@@ -120,6 +157,8 @@ class Corpus:
         while True:
             is_empty = True
             for context in cut(start):
+                if context.kept is not None and not any(context.kept):
+                    continue  # a long question or system prompt: the LM need not read it
                 is_empty = False
                 yield self._shuffled(context) if self.acts.shuffle_tokens else context
             if is_empty and start == TextCursor(epoch=start.epoch):
@@ -133,6 +172,8 @@ class Corpus:
         owners = torch.tensor([context.documents for context in contexts])
         attention = owners >= 0
         keep = attention.clone()
+        if self.chat:
+            keep &= torch.tensor([context.kept for context in contexts])
         if self.acts.keep == "text":
             keep[:, 0] = False
             for special in self.special:
@@ -142,7 +183,8 @@ class Corpus:
     def _shuffled(self, context: Context) -> Context:
         """Return a context with its text tokens in another order, a function of where it begins.
 
-        Each token takes its document along. BOS, separators and padding stay where they are.
+        Each token takes its document along, and whether it is kept. BOS, separators and padding
+        stay where they are.
         """
         places = [
             at
@@ -150,39 +192,107 @@ class Corpus:
             if owner >= 0 and token not in self.special
         ]
         order = permutation(np.arange(len(places)), len(places), context.start[1:])
-        tokens, owners = list(context.tokens), list(context.documents)
+        sources = list(range(len(context.tokens)))
         for at, source in zip(places, order.tolist()):
-            tokens[at], owners[at] = (
-                context.tokens[places[source]],
-                context.documents[places[source]],
-            )
-        return context._replace(tokens=tokens, documents=owners)
+            sources[at] = places[source]
+        return context._replace(
+            tokens=[context.tokens[source] for source in sources],
+            documents=[context.documents[source] for source in sources],
+            kept=context.kept and [context.kept[source] for source in sources],
+        )
 
-    def _tokenize(self, start: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield (index, ids) of documents from number `start` on, without BOS or separator."""
+    def _tokenize(self, start: int) -> Iterator[_Tokens]:
+        """Yield the documents from number `start` on, without BOS or separator."""
         source, packed = documents(self.acts, self.split, start), self.acts.borders == "pack"
         while group := list(itertools.islice(source, _TOKENIZED_TOGETHER)):
-            rows = self.tokenizer(
-                [text for _, _, text in group], add_special_tokens=False, verbose=False
-            )["input_ids"]
-            for document, ids in zip(group, rows):
+            for document, (all_ids, kept) in zip(group, self._encode(group)):
                 self.names[document.index] = document.name
-                ids = without_bos(ids, self.separator if packed else self.bos)
+                ids = without_bos(all_ids, self.separator if packed else self.bos)
+                first, last = len(all_ids) - len(ids), len(all_ids)
                 if packed and ids and ids[-1] == self.separator:
-                    ids = ids[:-1]  # the next document's separator follows
-                if self.per_document is not None and len(ids) > self.per_document:
-                    self._cut[document.index] = len(ids) - self.per_document
-                yield document.index, ids[: self.per_document]
+                    last -= 1  # the next document's separator follows
+                if self.per_document is not None and last - first > self.per_document:
+                    self._cut[document.index] = last - first - self.per_document
+                    last = first + self.per_document
+                yield _Tokens(document.index, all_ids[first:last], kept and kept[first:last])
+
+    def _encode(self, group: list[Document]) -> Iterator[tuple[list[int], list[bool] | None]]:
+        """Yield the ids of documents, and of conversations which of them are kept."""
+        if self.chat:
+            conversations = [document.chat for document in group if document.chat]
+            found = self.chat.encode(conversations)
+            self._tell_share(found)
+            for chat, encoded in zip(conversations, found):
+                self._check_roles(chat, encoded)
+                yield encoded
+        elif self.acts.pretokenized:
+            for document in group:
+                yield self._own_ids(document), None
+        else:
+            rows = self.tokenizer(
+                [document.text for document in group], add_special_tokens=False, verbose=False
+            )["input_ids"]
+            for ids in rows:
+                yield ids, None
+
+    def _tell_share(self, found: list[EncodedChat]) -> None:
+        """Log once how conversations are read and how much of them is kept."""
+        if not self._is_told:
+            self._is_told = True
+            total = sum(len(chat.ids) for chat in found)
+            kept = sum(sum(chat.kept) for chat in found)
+            _log.info(
+                "text %s: conversations are rendered by the tokenizer's chat template; tokens of "
+                "%s are kept, %.0f %% of the first %d conversations",
+                self.acts.text,
+                ", ".join(self.acts.roles) or "all roles",
+                100 * kept / max(1, total),
+                len(found),
+            )
+
+    def _check_roles(self, chat: Conversation, encoded: EncodedChat) -> None:
+        """Raise InputError where nothing is kept of many conversations in a row."""
+        self._unkept = 0 if any(encoded.kept) else self._unkept + 1
+        if self._unkept >= _MAX_UNKEPT:
+            roles = dict.fromkeys(str(message["role"]) for message in chat.messages)
+            raise InputError(
+                f"{chat.where}: this and the {_MAX_UNKEPT - 1:,} conversations before it have no "
+                f"token to keep; acts.roles is {list(self.acts.roles)}, its roles are "
+                f"{', '.join(roles)}. Name these with --acts.roles"
+            )
+
+    def _own_ids(self, document: Document) -> list[int]:
+        """Return the ids of a pretokenized document, without padding at its ends.
+
+        Raises:
+            InputError: An id is none of the tokenizer's.
+        """
+        ids = document.ids or []
+        if ids and not 0 <= min(ids) <= max(ids) < len(self.tokenizer):
+            wrong = next(i for i in ids if not 0 <= i < len(self.tokenizer))
+            raise InputError(
+                f"text {self.acts.text!r}, {document.name}: the token id {wrong} is none of the "
+                f"{len(self.tokenizer):,} of the tokenizer of {self.acts.tokenizer or self.acts.lm}"
+                "; the ids were made by another: give it with --acts.tokenizer, or the text itself"
+            )
+        pad, first, last = self.tokenizer.pad_token_id, 0, len(ids)
+        while last > first and ids[last - 1] == pad:
+            last -= 1
+        while first < last and ids[first] == pad:
+            first += 1
+        return ids[first:last]
 
     def _pack(self, start: TextCursor) -> Iterator[Context]:
         head = [] if self.bos is None else [self.bos]
         tokens: list[int] = []
         owners: list[int] = []
+        kept: list[bool] = []
         began = start
-        for index, ids in self._tokenize(start.index):
+        for index, ids, marks in self._tokenize(start.index):
             if not ids:
                 continue  # otherwise two separators would follow one another
-            ids = ids if self.separator is None else [self.separator, *ids]
+            if self.separator is not None:
+                ids, marks = [self.separator, *ids], marks and [False, *marks]
             at = start.offset if index == start.index else 0
             while at < len(ids):
                 if not tokens:
@@ -190,16 +300,21 @@ class Corpus:
                     if head and at == 0 and ids[0] == self.separator:
                         at = 1  # the context's own BOS replaces the separator
                     tokens, owners = [*head], [index] * len(head)
-                taken = ids[at : at + self.acts.context - len(tokens)]
-                tokens, owners, at = tokens + taken, owners + [index] * len(taken), at + len(taken)
+                    kept = [False] * len(head)
+                end = min(len(ids), at + self.acts.context - len(tokens))
+                tokens, owners = tokens + ids[at:end], owners + [index] * (end - at)
+                if marks is not None:
+                    kept = kept + marks[at:end]
+                at = end
                 if len(tokens) == self.acts.context:
-                    yield Context(tokens, owners, began, TextCursor(start.epoch, index, at))
+                    after = TextCursor(start.epoch, index, at)
+                    yield Context(tokens, owners, began, after, kept if self.chat else None)
                     tokens, owners = [], []
 
     def _split(self, start: TextCursor) -> Iterator[Context]:
         head = [] if self.bos is None else [self.bos]
         room = self.acts.context - len(head)
-        for index, ids in self._tokenize(start.index):
+        for index, ids, marks in self._tokenize(start.index):
             for at in range(start.offset if index == start.index else 0, len(ids), room):
                 tokens = head + ids[at : at + room]
                 if len(tokens) >= _LEAST_TOKENS:
@@ -209,6 +324,9 @@ class Corpus:
                         [index] * len(tokens) + [-1] * padding,
                         TextCursor(start.epoch, index, at),
                         TextCursor(start.epoch, index, at + room),
+                        None
+                        if marks is None
+                        else [False] * len(head) + marks[at : at + room] + [False] * padding,
                     )
 
     def _describe_empty(self) -> str:

@@ -1,33 +1,41 @@
 """Read a text source as documents, split into train, validation and held-out text.
 
-A *document* is a (name, text) pair. Sources are the built-in text, local files (.txt, .jsonl,
-.parquet, also compressed) and data sets on the Hugging Face Hub.
+A *document* is a named text, conversation or list of token ids. Sources are the built-in text,
+local files, data sets on the Hugging Face Hub (`data.sources`), and mixtures of them
+(`data.mixture`).
 
-Documents longer than PIECE_CHARACTERS are cut at line ends into pieces that count as documents of
-their own, so that one long file can be split and has standard errors. A hash of the content decides
-which split a document belongs to (of the path, for the built-in text), so the same text is never in
-two splits.
+Documents longer than PIECE_CHARACTERS, or lists of more than PIECE_TOKENS ids, are cut (texts at
+line ends) into pieces that count as documents of their own, so that one long file can be split and
+has standard errors. A conversation stays whole. A hash of the content decides which split a
+document belongs to (of the path, for the built-in text), so the same text is never in two splits.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
-import logging
+import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ksparse import pylm
 from ksparse.config import ActsConfig
+from ksparse.data.mixture import interleave, parts_of
+from ksparse.data.sources import (
+    RowReport,
+    read_conversations,
+    read_texts,
+    read_token_ids,
+    warn_once,
+)
 from ksparse.errors import InputError
+from ksparse.lm.chat import Conversation
 from ksparse.pylm.text import SPLITS
-from ksparse.storage import hub, rows
+from ksparse.storage import rows
 
 PIECE_CHARACTERS = 20_000
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-_log = logging.getLogger("ksparse")
+PIECE_TOKENS = 5_000
 
 
 class Document(NamedTuple):
@@ -36,7 +44,19 @@ class Document(NamedTuple):
     index: int  # type: ignore[assignment]  # hides the method of a tuple
     """Its number in the source (in the split, for the built-in text)."""
     name: str
-    text: str
+    text: str = ""
+    """Empty where one of the following is given."""
+    chat: Conversation | None = None
+    """With `acts.chat`."""
+    ids: list[int] | None = None
+    """With `acts.pretokenized`."""
+
+    @property
+    def size(self) -> int:
+        """Characters of a text, or of a conversation as JSON; the number of token ids."""
+        if self.ids is not None:
+            return len(self.ids)
+        return len(self.text) if self.chat is None else len(_as_json(self.chat))
 
 
 def documents(acts: ActsConfig, split: str, start: int = 0) -> Iterator[Document]:
@@ -45,50 +65,93 @@ def documents(acts: ActsConfig, split: str, start: int = 0) -> Iterator[Document
     Raises:
         InputError: The source does not exist, cannot be read, or has no text.
     """
-    pairs: Iterator[tuple[str, str | Iterable[str]]]
     if acts.text == "pylm":
-        pairs = pylm.documents(split)
-        for index, (name, text) in enumerate(itertools.islice(_pieces(pairs), start, None), start):
+        if acts.chat != "none" or acts.pretokenized:
+            raise InputError(
+                "acts.text is 'pylm', the built-in text, which has neither conversations nor token "
+                "ids; give a file or data set with acts.text"
+            )
+        pairs = _pieces(pylm.documents(split))
+        for index, (name, text) in enumerate(itertools.islice(pairs, start, None), start):
             yield Document(index, name, text)
         return
-    surrogates = _Report(acts.text, "half a character (a lone surrogate), which is read as U+FFFD")
-    nulls = _Report(acts.text, f"null in the column {acts.text_field!r}, which is skipped")
-    pairs = _read_local(acts, nulls) if _is_local(acts.text) else _read_hub(acts, nulls)
-    for index, (name, text) in enumerate(_pieces(pairs)):
-        if rows.has_lone_surrogate(text):
-            surrogates.add(name)
-            text = rows.replace_lone_surrogates(text)
-        if index >= start and _hash(text) % 100 in SPLITS[split]:
-            yield Document(index, name, text)
+    for index, document in enumerate(_mixed(acts)):
+        if index >= start and _hash(document) % 100 in SPLITS[split]:
+            yield document._replace(index=index)
+
+
+def _mixed(acts: ActsConfig) -> Iterator[Document]:
+    """Yield the documents of a source, or those of several by weight."""
+    parts = parts_of(acts.text)
+    if len(parts) == 1:
+        yield from _read(replace(acts, text=parts[0].text))
+        return
+
+    def tell(part: int, counts: list[int]) -> None:
+        read = ", ".join(f"{count:,} of {name}" for count, (_, name) in zip(counts, parts))
+        warn_once(
+            f"text {acts.text}: {parts[part].text} is the first that ends, after {read} documents; "
+            "the next epoch begins there, so that the weights hold"
+        )
+
+    sources = [(weight, _read(replace(acts, text=text))) for weight, text in parts]
+    yield from interleave(sources, lambda document: document.size, tell)
+
+
+def _read(acts: ActsConfig) -> Iterator[Document]:
+    """Yield the documents of one source; their numbers are not set."""
+    surrogates = RowReport(
+        acts.text, "half a character (a lone surrogate), which is read as U+FFFD"
+    )
+    nothing = "null or no message" if acts.chat != "none" else "null"
+    nulls = RowReport(acts.text, f"{nothing} in the column {acts.column!r}, which is skipped")
+    for document in _read_any(acts, nulls):
+        if rows.has_lone_surrogate(document.text):
+            surrogates.add(document.name)
+            yield document._replace(text=rows.replace_lone_surrogates(document.text))
+        elif document.chat and _replaced(tuple(document.chat)) != tuple(document.chat):
+            surrogates.add(document.name)
+            yield document._replace(chat=Conversation(*_replaced(tuple(document.chat))))
+        else:
+            yield document
     surrogates.finish()
     nulls.finish()
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def _read_any(acts: ActsConfig, nulls: RowReport) -> Iterator[Document]:
+    if acts.chat != "none":
+        for name, chat in read_conversations(acts, nulls):
+            yield Document(-1, name, chat=chat)
+    elif acts.pretokenized:
+        for name, ids in read_token_ids(acts, nulls):
+            for at in range(0, max(1, len(ids)), PIECE_TOKENS):
+                piece = f"{name}#{at // PIECE_TOKENS}" if len(ids) > PIECE_TOKENS else name
+                yield Document(-1, piece, ids=ids[at : at + PIECE_TOKENS])
+    else:
+        for name, text in _pieces(read_texts(acts, nulls)):
+            yield Document(-1, name, text)
 
 
-class _Report:
-    """Warns about texts that are not used as they are: names the first, then counts all."""
-
-    def __init__(self, source: str, what: str):
-        self.source, self.what, self.count = source, what, 0
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        if self.count == 1:
-            _warn_once(
-                f"text {self.source}: {name} holds {self.what}, like all others of this kind"
-            )
-
-    def finish(self) -> None:
-        if self.count > 1:
-            _warn_once(f"text {self.source}: {self.count:,} texts in all hold {self.what}")
+def _replaced(value: Any) -> Any:
+    """Return a value with U+FFFD in place of each lone surrogate in its texts."""
+    if isinstance(value, str):
+        return rows.replace_lone_surrogates(value)
+    if isinstance(value, dict):
+        return {_replaced(key): _replaced(item) for key, item in value.items()}
+    return type(value)(map(_replaced, value)) if isinstance(value, (list, tuple)) else value
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    _log.warning("%s", message)
+def _as_json(chat: Conversation) -> str:
+    return json.dumps([chat.messages, chat.tools], sort_keys=True, default=str)
+
+
+def _hash(document: Document) -> int:
+    content = document.text
+    if document.chat is not None:
+        content = _as_json(document.chat)
+    elif document.ids is not None:
+        content = json.dumps(document.ids)
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
 
 
 # ---- pieces
@@ -123,120 +186,3 @@ def _cut(chunks: Iterable[str]) -> Iterator[str]:
         text = text[at:]
     if text:
         yield text
-
-
-# ---- sources
-
-
-def _is_local(source: str) -> bool:
-    path = Path(source)
-    try:
-        exists = path.exists()
-    except OSError as error:  # a name of thousands of characters
-        raise InputError(
-            f"text {source[:60]!r} cannot be looked up: {error.strerror or error}"
-        ) from None
-    has_suffix = path.suffix in (*SUFFIXES, *rows.COMPRESSIONS)
-    return exists or has_suffix or hub.is_plainly_local(source)
-
-
-def _read_local(acts: ActsConfig, nulls: _Report) -> Iterator[tuple[str, str | Iterable[str]]]:
-    path, field = Path(acts.text), acts.text_field
-    for file in _text_files(path):
-        suffix = _suffix(file)
-        if suffix is None:
-            raise InputError(
-                f"text {file} is of no known kind; expected a name ending in {', '.join(SUFFIXES)} "
-                f"(also with {', '.join(rows.COMPRESSIONS)})"
-            )
-        if suffix == ".txt":
-            for number, chunks in enumerate(rows.documents(file)):
-                yield f"{file.name}:{number}", chunks
-            continue
-        texts = (
-            enumerate(rows.parquet(file, field))
-            if suffix == ".parquet"
-            else (
-                (number - 1, rows.read_text(row, field, f"{file}, line {number}"))
-                for number, row in rows.jsonl(file)
-            )
-        )
-        yield from _skip_nulls(texts, str(file), file.name, field, nulls)
-
-
-def _text_files(path: Path) -> list[Path]:
-    """Return the file, or the text files in a folder in order; raise InputError for none."""
-    if not path.exists():
-        raise InputError(
-            f"text {path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, a Hub "
-            "data set, or 'pylm'"
-        )
-    try:
-        files = (
-            sorted(file for file in path.rglob("*") if _suffix(file)) if path.is_dir() else [path]
-        )
-    except OSError as error:
-        raise InputError(f"folder {path} cannot be read: {error.strerror or error}") from None
-    if not files:
-        raise InputError(
-            f"folder {path} holds no text: expected files ending in {', '.join(SUFFIXES)} "
-            f"(also with {', '.join(rows.COMPRESSIONS)})"
-        )
-    return files
-
-
-def _suffix(file: Path) -> str | None:
-    """Return the suffix of a text file, without that of a compression; None for other files."""
-    suffixes = [suffix for suffix in file.suffixes if suffix not in rows.COMPRESSIONS]
-    return suffixes[-1] if file.is_file() and suffixes and suffixes[-1] in SUFFIXES else None
-
-
-def _read_hub(acts: ActsConfig, nulls: _Report) -> Iterator[tuple[str, str]]:
-    absence = hub.absence(acts.text)
-    datasets = rows.import_extra("datasets", "datasets", f"the data set {acts.text!r}{absence}")
-    try:
-        dataset = datasets.load_dataset(
-            acts.text, acts.text_config or None, split=acts.text_split, streaming=True
-        )
-    except Exception as error:  # of any kind: the user has named something that cannot be read
-        raise InputError(
-            f"text {acts.text!r} is neither a file here nor a data set that can be "
-            f"read ({_summary(error)}){absence}"
-        ) from error
-    texts = _read_rows(dataset, acts)
-    yield from _skip_nulls(texts, f"text {acts.text!r}", acts.text, acts.text_field, nulls)
-
-
-def _read_rows(dataset: Iterable[Any], acts: ActsConfig) -> Iterator[tuple[int, str | None]]:
-    number = 0
-    try:
-        for number, row in enumerate(dataset):
-            yield number, rows.read_text(row, acts.text_field, f"{acts.text}, row {number}")
-    except InputError:
-        raise
-    except Exception as error:  # a connection that breaks, a damaged file of the data set
-        raise InputError(
-            f"text {acts.text!r} cannot be read after row {number:,} ({_summary(error)})"
-        ) from error
-
-
-def _skip_nulls(
-    texts: Iterable[tuple[int, str | None]], source: str, name: str, field: str, nulls: _Report
-) -> Iterator[tuple[str, str]]:
-    """Yield ('NAME:ROW', text) of (row, text); raise InputError where no row has text."""
-    row, is_empty = -1, True
-    for row, text in texts:
-        if text is None:
-            nulls.add(f"{name}:{row}")
-        else:
-            is_empty = False
-            yield f"{name}:{row}", text
-    if is_empty and row >= 0:
-        raise InputError(
-            f"{source}: the column {field!r} is null in every row; "
-            "name another with --acts.text-field"
-        )
-
-
-def _summary(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ksparse.config import CONTROLS, ActsConfig
+from ksparse.config import LATER_ACTS, ActsConfig, plain
 from ksparse.data.batch_size import choose_lm_batch
 from ksparse.data.contexts import Corpus, TextCursor
 from ksparse.errors import CorruptError, InputError, NonFiniteError
@@ -40,7 +40,6 @@ DTYPES = {
     "bfloat16": ("BF16", np.uint16),
 }
 """Precisions of x: safetensors' code, and the numpy type that holds its bits."""
-_LATER = ("lm_device_map", "lm_quantize", *CONTROLS["acts"])
 _SHARD_BYTES = 256_000_000
 _MAX_COUNT = 2**40
 Progress = Callable[[int], None]
@@ -51,10 +50,10 @@ def facts(acts: ActsConfig, corpus: Corpus, dtype: str) -> dict[str, Any]:
     """Return what the activations depend on."""
     options = {
         key: value
-        for key, value in dataclasses.asdict(acts).items()
+        for key, value in plain(dataclasses.asdict(acts)).items()
         if key not in ("normalize", "mix", "shards", "lm_batch", "store")
         # Later keys are left out at their defaults, so that older folders keep their names.
-        and not (key in _LATER and value == getattr(ActsConfig, key))
+        and not (key in LATER_ACTS and value == plain(getattr(ActsConfig, key)))
     }
     return {"format": FORMAT, "acts": options, "policy": corpus.policy(), "dtype": dtype}
 
@@ -391,13 +390,13 @@ class Shards:
 
     def check_fits(self, acts: ActsConfig) -> None:
         """Raise InputError unless the shards hold the activations of a recipe."""
-        recipe = dataclasses.asdict(acts)
+        recipe = plain(dataclasses.asdict(acts))
         if acts.lm_dtype == "auto":
             recipe["lm_dtype"] = self.manifest["acts"].get("lm_dtype")
         problems = [
             f"acts.{key}: the shards have {value!r}, the recipe {recipe.get(key)!r}"
             for key, value in (
-                {key: getattr(ActsConfig, key) for key in _LATER} | self.manifest["acts"]
+                {key: plain(getattr(ActsConfig, key)) for key in LATER_ACTS} | self.manifest["acts"]
             ).items()
             if recipe.get(key) != value
         ]

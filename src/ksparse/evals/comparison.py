@@ -28,10 +28,11 @@ COLUMNS: dict[str, dict[str, int]] = {
     "probes": {"probe_loss": 1, "gain_over_channels": -1},
     "n2g": {"precision": -1, "recall": -1, "f1": -1},
     "explained_loss": {"ce_n2g": 1, "delta_to_bigram": 1},
-    "ablation": {"ablation_sparsity": -1, "kl": 0},
+    "ablation": {"ablation_sparsity": 1, "kl": 0},
 }
 """{evaluation: {column: order}}: 1 if less is better, -1 if more is, 0 for what is not ranked but
-says what the others cost. Of other evaluations all numbers are columns, none of them ranked."""
+says what the others cost. Of other evaluations all numbers are columns, none of them ranked. Of
+ablation sparsity less is sparser: it is the share of logits that change."""
 _COMMON_FIELDS = ("lm", "lm_weights", "site", "text", "policy", "n_tokens", "n_documents")
 _IGNORED_OPTIONS = ("device", "budget")  # the sizes that a budget stands for are compared
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from ksparse.config import ActsConfig
 from ksparse.errors import InputError
+from ksparse.lm.chat import digest_of
 from ksparse.lm.loading import find_model
 from ksparse.lm.model import LM
 from ksparse.lm.sites import resolve
@@ -29,7 +30,10 @@ from ksparse.lm.sites import resolve
 if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
 
-POLICY = ("context", "bos", "borders", "keep", "shuffle_tokens")
+POLICY = (
+    *("context", "bos", "borders", "keep", "shuffle_tokens"),
+    *("chat", "roles", "pretokenized"),
+)
 """Keys of `acts` that decide which contexts and positions are read."""
 _log = logging.getLogger("ksparse")
 
@@ -50,7 +54,8 @@ def trained_on(metadata: dict[str, Any]) -> dict[str, Any]:
     if made_by_others(metadata):
         known = {key: known[key] for key in ("lm", "site", "normalize") if known.get(key)}
     names = [field.name for field in dataclasses.fields(ActsConfig)]
-    return {name: known[name] for name in names if name in known}
+    trained = {name: known[name] for name in names if name in known}
+    return trained | ({"roles": tuple(trained["roles"])} if "roles" in trained else {})
 
 
 def made_by_others(metadata: dict[str, Any]) -> bool:
@@ -206,7 +211,7 @@ def _contradictions(
         result.append(("tokenizer", lm.options.tokenizer, trained["tokenizer"]))
     if lm.folder is None and trained.get("revision", lm.options.revision) != lm.options.revision:
         result.append(("revision", lm.options.revision, trained["revision"]))
-    result += _other_weights(trained, lm)
+    result += _other_weights(trained, lm) + _other_template(metadata, lm)
     recorded, actual = metadata.get("subject") or {}, describe_lm(lm.model)
     return result + [
         (f"the LM's {key}", actual[key], recorded[key])
@@ -220,6 +225,13 @@ def _other_weights(trained: dict[str, Any], lm: LM) -> list[tuple[str, Any, Any]
     weights = trained.get("lm_weights", ActsConfig.lm_weights)
     here = lm.options.lm_weights
     return [("lm_weights", here, weights)] if weights != here else []
+
+
+def _other_template(metadata: dict[str, Any], lm: LM) -> list[tuple[str, Any, Any]]:
+    """Return the contradiction if conversations were rendered by another template than the LM's."""
+    trained = (metadata.get("policy") or {}).get("chat_template")
+    here = digest_of(lm.tokenizer.chat_template)
+    return [("the chat template", here, trained)] if trained not in (None, here) else []
 
 
 def _overrides(trained: dict[str, Any], lm: LM) -> dict[str, Any]:

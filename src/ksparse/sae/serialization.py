@@ -71,6 +71,10 @@ POLICY: dict[str, jsonio.Types] = {
     "split": str,
     "tokens_per_document": (int, type(None)),
     "shuffle_tokens": bool,
+    "pretokenized": bool,
+    "chat": str,
+    "chat_template": str,
+    "roles": list,
     "tensors": str,
 }
 """The keys of `metadata.policy`, as `Corpus.policy` and `Tensors.policy` write them."""

@@ -21,7 +21,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -278,16 +278,24 @@ def _chunks(file: Path, stream: io.TextIOBase) -> Iterator[tuple[int, str]]:
     yield number, kept
 
 
-def parquet(file: Path, column: str = "") -> Iterator[Any]:
-    """Yield the rows of a .parquet file as dictionaries, or the texts of one column, None for
-    null."""
+def parquet(file: Path, column: str = "", *, only: Sequence[str] = ()) -> Iterator[Any]:
+    """Yield the rows of a .parquet file as dictionaries, or the texts of one column, None for null.
+
+    Args:
+        file: the file.
+        column: a column of text, whose texts to yield.
+        only: columns of the dictionaries, as far as there are such; all if the file has none of
+            them.
+    """
     reader = import_extra("pyarrow.parquet", "datasets", f"reading {file}")
     number = 0
     try:
         with reader.ParquetFile(file) as table:
             if column:
                 _check_column(file, column, table.schema_arrow)
-            for batch in table.iter_batches(256, columns=[column] if column else None):
+            names = table.schema_arrow.names
+            wanted = [column] if column else [name for name in names if name in only]
+            for batch in table.iter_batches(256, columns=wanted or None):
                 for value in batch.column(0) if column else batch.to_pylist():
                     yield _cell(value, f"{file}, row {number}") if column else value
                     number += 1
@@ -314,7 +322,7 @@ def _check_column(file: Path, column: str, schema: Any) -> None:
         )
         raise InputError(
             f"{file}: {what}; there are {columns(dict.fromkeys(schema.names))}. "
-            "Name it with --acts.text-field"
+            f"Name it with --acts.text-field{_other_kinds('list' in str(dtype))}"
         )
 
 
@@ -353,6 +361,19 @@ def read_text(row: Any, column: str, where: str) -> str | None:
             return value
         type_name = type(value).__name__
         what = f"the column {column!r} holds {shown(value)!r}, of type {type_name}, not text"
+        is_list = isinstance(value, list)
     else:
-        what = f"no text in the column {column!r}"
-    raise InputError(f"{where}: {what}; there are {columns(row)}. Name it with --acts.text-field")
+        what, is_list = f"no text in the column {column!r}", False
+    raise InputError(
+        f"{where}: {what}; there are {columns(row)}. Name it with --acts.text-field"
+        f"{_other_kinds(is_list)}"
+    )
+
+
+def _other_kinds(is_list: bool) -> str:
+    """Say how a column of lists is read."""
+    return (
+        "; for conversations give --acts.chat template, for token ids --acts.pretokenized True"
+        if is_list
+        else ""
+    )

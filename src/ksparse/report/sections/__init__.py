@@ -6,6 +6,7 @@ quality               claims, numbers and figures of the main evaluations; its p
                       explained_loss), ablation
 latents               example latents with the text that they fire on, the best explained first
 probes                what single latents know, task by task
+words                 explanations of latents in words, and how far they can be trusted
 sanity                whether the SAE is better than controls of it
 training              the run's curves
 codes                 codes and latents in detail; its parts: refinement, progressive,
@@ -40,12 +41,14 @@ from ksparse.report.sections import (
     sanity,
     subject,
     training,
+    words,
 )
 
 SECTIONS = (
     quality.SECTION,
     latents.SECTION,
     probes.SECTION,
+    words.SECTION,
     sanity.SECTION,
     training.SECTION,
     codes.SECTION,

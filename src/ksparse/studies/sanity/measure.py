@@ -24,6 +24,7 @@ from ksparse import progress
 from ksparse.config.evaluation import EvalConfig
 from ksparse.errors import CorruptError, InputError
 from ksparse.evals import runner
+from ksparse.evals.comparison import COLUMNS
 from ksparse.evals.statistics import Value, difference, no_value
 from ksparse.sae import serialization
 from ksparse.storage import atomic, checksums, jsonio
@@ -45,7 +46,6 @@ class Measure:
         name: A short name.
         evaluation: The evaluation that has it.
         key: Its key there; "" if it is made of the evaluation's arrays.
-        better: 1 if less is better, -1 if more is, 0 if neither is.
         words: What it is called.
         elsewhere: Whether it means something beside an SAE of another LM or text.
     """
@@ -53,19 +53,23 @@ class Measure:
     name: str
     evaluation: str
     key: str
-    better: int
     words: str
     elsewhere: bool = True
 
+    @property
+    def better(self) -> int:
+        """1 if less is better, -1 if more is, 0 if neither is: as in any comparison."""
+        return COLUMNS.get(self.evaluation, {}).get(self.key, 0)
+
 
 MEASURES = (
-    Measure("nmse", "stats", "nmse", 1, "normalised MSE"),
-    Measure("ce_delta", "downstream", "ce_delta", 1, "delta CE", elsewhere=False),
-    Measure("probe_loss", "probes", "probe_loss", 1, "probe loss"),
-    Measure("n2g_f1", "n2g", "f1", -1, "N2G F1"),
-    Measure("ablation_sparsity", "ablation", "ablation_sparsity", 1, "ablation sparsity"),
-    Measure("density", "stats", "", 0, "density"),
-    Measure("token_driven", "token_driven", "token_driven", 0, "token-driven share"),
+    Measure("nmse", "stats", "nmse", "normalised MSE"),
+    Measure("ce_delta", "downstream", "ce_delta", "delta CE", elsewhere=False),
+    Measure("probe_loss", "probes", "probe_loss", "probe loss"),
+    Measure("n2g_f1", "n2g", "f1", "N2G F1"),
+    Measure("ablation_sparsity", "ablation", "ablation_sparsity", "ablation sparsity"),
+    Measure("density", "stats", "", "density"),
+    Measure("token_driven", "token_driven", "token_driven", "token-driven share"),
 )
 """The measures; of ablation sparsity less is sparser. Density is the mean of log10 of the densities
 of live latents."""
