@@ -7,6 +7,7 @@ tokens and a learning rate that falls to 0. Nothing else in the program knows of
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,11 @@ def finetune_recipe(parent: RunFolder, loss: str = "kl", tokens: int = 0) -> Rec
             "With them: ksparse train --sae.start "
             f"{parent.path} --sae.lm-loss {loss} --acts.lm NAME --acts.site SITE --acts.text FILE"
         )
+    tokens = tokens or max(recipe.batch, round(TOKENS * recipe.tokens))
+    used = math.ceil(tokens / recipe.batch) * recipe.batch
     return dataclasses.replace(
         recipe,
-        acts=dataclasses.replace(acts, shards=""),
+        acts=dataclasses.replace(acts, shards="", mix=min(acts.mix, used)),
         sae=dataclasses.replace(
             recipe.sae,
             start=str(parent.path),
@@ -116,5 +119,5 @@ def finetune_recipe(parent: RunFolder, loss: str = "kl", tokens: int = 0) -> Rec
         curve=dataclasses.replace(recipe.curve, converged=0.0),
         run=dataclasses.replace(recipe.run, ahead="auto"),
         mesh=MeshConfig(timeout=recipe.mesh.timeout),
-        tokens=tokens or max(recipe.batch, round(TOKENS * recipe.tokens)),
+        tokens=tokens,
     )
