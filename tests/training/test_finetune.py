@@ -44,7 +44,9 @@ def test_a_fine_tune_is_a_run_that_says_what_it_began_from(parent, tmp_path):
     assert ksparse.load(tuned).metadata["start"]["from"] == str(parent.path)
     rows = tuned.metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert rows[0]["lr"] == parent.recipe().lr and rows[-1]["lr"] == pytest.approx(recipe.lr / 5)
+    assert rows[0]["lr"] == parent.recipe().lr / 4 and rows[-1]["lr"] == pytest.approx(
+        recipe.lr / 5
+    )
     found = ksparse.compare([parent, tuned], names="downstream", tokens=300, progress=False)
     assert found.differences[str(tuned.path)]["ce_delta"]["paired"]
 

@@ -170,18 +170,15 @@ def _evaluate_many(
     names = (names,) if isinstance(names, str) else tuple(names)
     check_names(names)
     _check_lm(lm)
+    of_rows = lm is None and like is None and _any_of_rows(saes)
+    _check_loss(loss, of_rows)
     options = options.resolved()
     data: HeldOut | HeldOutRows
-    if lm is None and like is None and _any_of_rows(saes):
-        names, options = applicable(names, saes), dataclasses.replace(options, examples=0)
-        data = open_rows(saes, options, resolve_device(options.device), _checked_loss(loss))
-        names += (own_loss.NAME,) if loss is not None else ()
+    if of_rows:
+        names = applicable(names, saes) + ((own_loss.NAME,) if loss else ())
+        options = dataclasses.replace(options, examples=0)
+        data = open_rows(saes, options, resolve_device(options.device), loss)
         notes: dict[str, list[str]] = {label: [] for label in saes}
-    elif loss is not None:
-        raise InputError(
-            "loss is for SAEs that were trained on activations alone, judged on their held-out "
-            "rows; with an LM and text, the evaluation downstream measures the LM's own"
-        )
     else:
         data, notes = _open_text(saes, lm, options, like)
     contexts = {
@@ -200,14 +197,17 @@ def _evaluate_many(
     return {label: {name: by_name[name] for name in names} for label, by_name in results.items()}
 
 
-def _checked_loss(loss: Any) -> RowLoss | None:
+def _check_loss(loss: Any, of_rows: bool) -> None:
     if loss is not None and not callable(loss):
         raise InputError(
             f"loss is {loss!r:.80}; it must be a function of activations x[m, d] and their rows "
             "that returns losses (docs/own-activations.md)"
         )
-    checked: RowLoss | None = loss
-    return checked
+    if loss is not None and not of_rows:
+        raise InputError(
+            "loss is for SAEs that were trained on activations alone, judged on their held-out "
+            "rows; with an LM and text, the evaluation downstream measures the LM's own"
+        )
 
 
 def _check_lm(lm: Any) -> None:

@@ -1,7 +1,7 @@
 """Go on with a run's SAE for a short while, with a loss of the LM behind the site (Karvonen 2025).
 
 A fine-tune is an ordinary run: its recipe is the parent's with `sae.start`, `sae.lm_loss`, fewer
-tokens and a learning rate that falls to 0. Nothing else in the program knows of fine-tunes.
+tokens and a learning rate that falls from a quarter of the parent's to 0. Nothing else in the program knows of fine-tunes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ LOSSES = ("kl", "ce", "none")
 TOKENS = 0.05
 """Tokens of a fine-tune without a number, as a share of the parent's: 25 of 500 million in Karvonen
 2025."""
+
+RATE = 0.25
+"""Learning rate of the first step, as a share of the parent's. Adam begins anew, so the full rate
+first undoes what the parent has learned (docs/lab-book.md)."""
 
 
 def finetune(
@@ -115,7 +119,7 @@ def finetune_recipe(parent: RunFolder, loss: str = "kl", tokens: int = 0) -> Rec
             k_start=0,
             dead_after=recipe.dead_after,
         ),
-        optim=dataclasses.replace(recipe.optim, lr=recipe.lr, warmup=0, decay=1.0),
+        optim=dataclasses.replace(recipe.optim, lr=RATE * recipe.lr, warmup=0, decay=1.0),
         curve=dataclasses.replace(recipe.curve, converged=0.0),
         run=dataclasses.replace(recipe.run, ahead="auto"),
         mesh=MeshConfig(timeout=recipe.mesh.timeout),
