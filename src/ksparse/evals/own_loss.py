@@ -7,6 +7,7 @@ rows as they are, with their reconstructions, with zeros, and with the mean of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -61,7 +62,7 @@ class OwnLoss(Metric):
         rows = cast(RowBatch, cast(Any, batch.held_out))
         x = rows.x
         shared = {
-            name: rows.once(f"own loss {name}", lambda edited=edited: self.losses(edited, rows))
+            name: rows.once(f"own loss {name}", functools.partial(self.losses, edited, rows))
             for name, edited in (
                 ("clean", x),
                 ("zero", torch.zeros_like(x)),

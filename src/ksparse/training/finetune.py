@@ -1,7 +1,8 @@
 """Go on with a run's SAE for a short while, with a loss of the LM behind the site (Karvonen 2025).
 
 A fine-tune is an ordinary run: its recipe is the parent's with `sae.start`, `sae.lm_loss`, fewer
-tokens and a learning rate that falls from a quarter of the parent's to 0. Nothing else in the program knows of fine-tunes.
+tokens, and a learning rate that falls from a quarter of the parent's to 0. Nothing else in the
+program knows of fine-tunes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from ksparse.config import MeshConfig, Recipe, recipe_of
 from ksparse.errors import InputError
@@ -115,7 +116,7 @@ def finetune_recipe(parent: RunFolder, loss: str = "kl", tokens: int = 0) -> Rec
         sae=dataclasses.replace(
             recipe.sae,
             start=str(parent.path),
-            lm_loss=loss,
+            lm_loss=cast(Literal["kl", "ce", "none"], loss),
             k_start=0,
             dead_after=recipe.dead_after,
         ),
