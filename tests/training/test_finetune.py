@@ -40,7 +40,11 @@ def test_a_fine_tune_is_a_run_that_says_what_it_began_from(parent, tmp_path):
     assert tuned.path == tmp_path / "base-kl"
     recipe = ksparse.open_run(tuned.path).recipe()
     assert recipe.sae.start == str(parent.path) and recipe.sae.lm_loss == "kl"
-    assert recipe.steps == 5 and recipe.sae.dead_after == parent.recipe().dead_after
+    assert (
+        recipe.steps == 5
+        and recipe.acts.mix == min(256, 5 * 64)
+        and recipe.sae.dead_after == parent.recipe().dead_after
+    )
     assert ksparse.load(tuned).metadata["start"]["from"] == str(parent.path)
     rows = tuned.metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
@@ -81,6 +85,7 @@ def test_keys_of_the_recipe_may_be_others(parent, tmp_path):
         str(parent.path), "ce", tokens=128, out=tmp_path / "mine", lr=1e-4, lm_share=0.9
     )
     recipe = run.recipe()
+    assert recipe.acts.mix == 128, "no more is computed than is used"
     assert (recipe.sae.lm_loss, recipe.sae.lm_share, recipe.lr) == ("ce", 0.9, 1e-4)
     assert "ce_delta" in run.metrics()[0] and run.path == tmp_path / "mine"
 

@@ -76,8 +76,9 @@ def finetune(arguments: list[str]) -> None:
     recipe, options = parse_changes(FinetuneArgs, "finetune RUN", flags, recipe)
     if parent is None:
         return
-    from ksparse.training.finetune import default_folder
+    from ksparse.training.finetune import default_folder, fit_buffer
 
+    recipe = fit_buffer(recipe)
     if options["loss"]:
         loss = dataclasses.replace(recipe.sae, lm_loss=options["loss"])
         recipe = dataclasses.replace(recipe, sae=loss)

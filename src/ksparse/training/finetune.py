@@ -8,7 +8,6 @@ program knows of fine-tunes.
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -66,7 +65,7 @@ def finetune(
         ('kl', 'runs/demo')
     """
     parent = run if isinstance(run, RunFolder) else RunFolder(Path(run))
-    recipe = recipe_of(finetune_recipe(parent, loss, tokens), **keywords)
+    recipe = fit_buffer(recipe_of(finetune_recipe(parent, loss, tokens), **keywords))
     return train(
         recipe,
         default_folder(parent, recipe) if out is None else out,
@@ -108,11 +107,9 @@ def finetune_recipe(parent: RunFolder, loss: str = "kl", tokens: int = 0) -> Rec
             "With them: ksparse train --sae.start "
             f"{parent.path} --sae.lm-loss {loss} --acts.lm NAME --acts.site SITE --acts.text FILE"
         )
-    tokens = tokens or max(recipe.batch, round(TOKENS * recipe.tokens))
-    used = math.ceil(tokens / recipe.batch) * recipe.batch
     return dataclasses.replace(
         recipe,
-        acts=dataclasses.replace(acts, shards="", mix=min(acts.mix, used)),
+        acts=dataclasses.replace(acts, shards=""),
         sae=dataclasses.replace(
             recipe.sae,
             start=str(parent.path),
@@ -124,5 +121,11 @@ def finetune_recipe(parent: RunFolder, loss: str = "kl", tokens: int = 0) -> Rec
         curve=dataclasses.replace(recipe.curve, converged=0.0),
         run=dataclasses.replace(recipe.run, ahead="auto"),
         mesh=MeshConfig(timeout=recipe.mesh.timeout),
-        tokens=tokens,
+        tokens=tokens or max(recipe.batch, round(TOKENS * recipe.tokens)),
     )
+
+
+def fit_buffer(recipe: Recipe) -> Recipe:
+    """Return a recipe whose shuffle buffer holds no more than the run uses."""
+    mix = min(recipe.acts.mix, recipe.steps * recipe.batch)
+    return dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, mix=mix))
