@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from ksparse.config import Recipe, from_dict
+from ksparse.config import Recipe, SAEConfig, from_dict
 from ksparse.data.contexts import Corpus
 from ksparse.data.live import LiveStream
 from ksparse.errors import InputError
@@ -22,6 +22,7 @@ from ksparse.lm.sites import resolve
 from ksparse.planning import flops
 from ksparse.planning.sharing import stream_key
 from ksparse.planning.steps import choose_step, prefetches
+from ksparse.sae.model import SAE, Shape
 from ksparse.training.lm_loss import LMLoss
 from ksparse.training.source import ActivationSource
 from ksparse.training.steps import autograd
@@ -371,6 +372,12 @@ def test_a_site_that_can_only_be_read_is_refused(small_recipe, tmp_path, monkeyp
     monkeypatch.setattr(LM, "_set_site", _read_only(LM._set_site))
     with pytest.raises(InputError, match="can be read but not changed: a test"):
         train(lm_recipe(small_recipe), tmp_path / "run")
+
+
+def test_activations_without_contexts_are_refused(small_acts, small_stream):
+    batch = take(small_stream(), 1)[0]
+    with pytest.raises(InputError, match="come without the contexts of an LM"):
+        LMLoss(LM(acts=small_acts())).of(SAE(Shape(16, 8, 2)), SAEConfig(lm_loss="kl"), batch)
 
 
 def _read_only(own):

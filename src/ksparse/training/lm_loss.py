@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ksparse.config import ActsConfig, SAEConfig
 from ksparse.data.base import ActivationBatch
+from ksparse.errors import InputError
 from ksparse.evals.losses import compare, gradient
 from ksparse.lm.model import LM
 from ksparse.lm.tokens import TokenBatch
@@ -55,9 +56,17 @@ class LMLoss:
         self, sae: SAE, options: SAEConfig, batch: ActivationBatch
     ) -> Callable[[Tensor], LMPull]:
         """Return the loss on a batch of whole contexts, as a function of the reconstructions [b, d]
-        of the SAE's normalised inputs."""
+        of the SAE's normalised inputs.
+
+        Raises:
+            InputError: the batch comes without its contexts.
+        """
         contexts, inputs = batch.contexts, sae.normalize(batch.x)
-        assert contexts is not None, "the stream shuffles single activations"
+        if contexts is None:
+            raise InputError(
+                f"sae.lm_loss is {options.lm_loss!r}, and these activations come without the "
+                "contexts of an LM that they are of; give sae.lm_loss 'none'"
+            )
 
         def pull(recon: Tensor) -> LMPull:
             spliced = self.spliced(options.lm_loss, contexts, inputs.restore(recon))
