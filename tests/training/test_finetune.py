@@ -14,8 +14,8 @@ from ksparse.data.contexts import Corpus
 from ksparse.data.shards import write
 from ksparse.errors import InputError
 from ksparse.lm.model import LM
+from ksparse.planning.tuning import finetune_recipe
 from ksparse.storage.run_folder import RunFolder
-from ksparse.training.finetune import finetune_recipe
 from ksparse.training.train import train
 
 
@@ -70,7 +70,7 @@ def test_it_lowers_the_kl_on_held_out_text_more_than_the_same_tokens_without(
 ):
     base = train(small_recipe({"tokens": 64 * 64}), tmp_path / "base")
     runs = {
-        loss: ksparse.finetune(base, loss, tokens=64 * 64, progress=False, lm_share=0.9)
+        loss: ksparse.finetune(base, loss, tokens=64 * 64, progress=False, lm_share=0.9, lr=3e-3)
         for loss in ("kl", "none")
     }
     found = ksparse.compare(

@@ -24,6 +24,7 @@ from ksparse.cli.output import (
 )
 from ksparse.config import Recipe
 from ksparse.config.evaluation import EvalConfig
+from ksparse.planning.tuning import check_parent, default_folder, finetune_recipe, fit_buffer
 from ksparse.progress import format_duration, format_elapsed, report
 from ksparse.storage.run_folder import RunFolder, open_run
 
@@ -68,16 +69,11 @@ def finetune(arguments: list[str]) -> None:
     """
     folder, flags = split_folder("finetune", arguments)
     parent = open_run(folder) if folder else None
-    recipe = Recipe()
-    if parent is not None:
-        from ksparse.training.finetune import finetune_recipe
-
-        recipe = finetune_recipe(parent)
+    recipe = finetune_recipe(parent) if parent is not None else Recipe()
     recipe, options = parse_changes(FinetuneArgs, "finetune RUN", flags, recipe)
     if parent is None:
         return
-    from ksparse.training.finetune import default_folder, fit_buffer
-
+    check_parent(parent)
     recipe = fit_buffer(recipe)
     if options["loss"]:
         loss = dataclasses.replace(recipe.sae, lm_loss=options["loss"])
