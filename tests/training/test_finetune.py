@@ -137,7 +137,7 @@ def test_the_command_writes_a_run_beside_its_parent_and_says_how_to_compare(pare
     options = RunFolder(parent.path.with_name("other")).recipe().sae
     assert code == 0 and (options.lm_loss, options.lm_share) == ("ce", 0.8)
     code, _, said = verb("finetune", parent.path, "--tokens", 192)
-    assert code == 2 and "base-kl was begun with another recipe: tokens" in said
+    assert code == 2 and "base-kl was begun with another recipe" in said and "128 -> 192" in said
     code, _, said = verb("finetune")
     assert code == 2 and "needs the folder of a run" in said
 
