@@ -6,6 +6,7 @@
     ksparse.evaluate(sae, lm, ["downstream", "probes", "n2g"])
     ksparse.compare(["runs/k16", "runs/k32"])                  # paired differences
     run  = ksparse.train(lm="gpt2", site="resid_post.8", text="my.txt", out="runs/mine")
+    ksparse.finetune(run)                                      # with the LM's own loss beside it
     ksparse.fit(ksparse.sweep("sweep.toml"))                   # scaling laws of a grid of recipes
 
 Names are imported when they are first used, so `import ksparse` does not import torch.
@@ -23,6 +24,7 @@ _MODULE_OF = {
     "compare": "ksparse.judging",
     "convert": "ksparse.interop",
     "evaluate": "ksparse.judging",
+    "finetune": "ksparse.training.finetune",
     "fit": "ksparse.scaling.calls",
     "load": "ksparse.interop",
     "open_run": "ksparse.storage.run_folder",

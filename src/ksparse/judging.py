@@ -15,6 +15,7 @@ from ksparse.config.evaluation import COMPARED, EvalConfig
 from ksparse.errors import InputError, unknown
 from ksparse.evals import registry, runner
 from ksparse.evals.comparison import SAEComparison
+from ksparse.evals.own_loss import RowLoss
 from ksparse.evals.statistics import Result, Results
 from ksparse.lm import provenance
 from ksparse.lm.model import LM
@@ -37,6 +38,7 @@ def evaluate(
     names: Names = tuple(registry.DEFAULT),
     options: EvalConfig | None = None,
     *,
+    loss: RowLoss | None = None,
     force: bool = False,
     save: bool = False,
     progress: bool = True,
@@ -52,6 +54,10 @@ def evaluate(
         names: the evaluations to run (`ksparse.evals.registry.EVALS`), one or several; by default
             downstream, stats, probes, n2g, explained_loss and ablation.
         options: how many tokens to read, of which split, and the options of each evaluation.
+        loss: for an SAE that was trained on activations alone: a function that is called with
+            activations x[m, d] in place of held-out rows, and which rows they are (`numbers` and
+            `documents`, [m]); it returns the loss of each row, [m], or of each document. The result
+            `own_loss` says how much is lost with reconstructions (docs/own-activations.md).
         force: evaluate at another site, or in other contexts and positions, than those the SAE
             was trained with; the notes of each result then say so.
         save: write each result into the SAE's run as soon as it is complete, as `ksparse eval`
@@ -90,7 +96,9 @@ def evaluate(
 
     with display.shown("evaluating", progress):
         at_site = _load_lm(lm, opened, options)
-        found = runner.evaluate_many({"": opened}, at_site, chosen, options, on_result=write)
+        found = runner.evaluate_many(
+            {"": opened}, at_site, chosen, options, loss=loss, on_result=write
+        )
         results = Results(found[""])
     if progress:
         display.show(results)
@@ -105,6 +113,7 @@ def compare(
     *,
     against: str = "",
     by: str = "",
+    loss: RowLoss | None = None,
     force: bool = False,
     progress: bool = True,
     **changes: Any,
@@ -119,6 +128,7 @@ def compare(
         options: as in `evaluate`.
         against: name of the SAE that the others are compared with; by default the first.
         by: the number to rank by; by default the first that can be ranked.
+        loss: as in `evaluate`.
         force: as in `evaluate`.
         progress: as in `evaluate`.
         changes: as in `evaluate`.
@@ -148,7 +158,7 @@ def compare(
         raise unknown("against names an SAE that is not compared,", against, opened)
     with display.shown("evaluating", progress):
         at_site = _load_lm(lm, next(iter(opened.values())), options)
-        results = runner.evaluate_many(opened, at_site, chosen, options)
+        results = runner.evaluate_many(opened, at_site, chosen, options, loss=loss)
     normalizations = {name: sae.shape.normalize for name, sae in opened.items()}
     found = SAEComparison.of(results, normalizations, against or next(iter(opened)), by)
     if progress:

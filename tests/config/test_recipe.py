@@ -65,6 +65,7 @@ def sections(kind):
                 (SAEConfig, "prefix_draws"),
                 (SAEConfig, "decoder_cosine_min"),
                 (SAEConfig, "k_start"),
+                (SAEConfig, "lm_loss"),
                 (ActsConfig, "lm_weights"),
                 (ActsConfig, "chat"),
                 (ActsConfig, "roles"),

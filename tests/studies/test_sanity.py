@@ -116,6 +116,14 @@ def test_an_unfinished_run_has_no_controls(small_recipe, tmp_path, asked):
         controls.asked_run(Study("sanity", asked(run=str(tmp_path / "half"))))
 
 
+def test_a_run_that_began_from_another_has_no_seeds_of_its_own(small_recipe, tmp_path, asked):
+    train(small_recipe({"tokens": 64}), tmp_path / "first")
+    changes = {"tokens": 64, "sae.start": str(tmp_path / "first")}
+    train(small_recipe(changes), tmp_path / "second")
+    with pytest.raises(InputError, match="ask about the run that it began from"):
+        controls.asked_run(Study("sanity", asked(run=str(tmp_path / "second"))))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_page_answers_and_what_is_there_is_not_done_again(run, asked, monkeypatch):

@@ -1,6 +1,6 @@
 """The command line, and the only part of ksparse that prints or exits.
 
-    train          demo, train, resume
+    train          demo, train, finetune, resume
     sweeps         sweep, fit
     evaluate       eval, compare, probes
     studies        study, sanity

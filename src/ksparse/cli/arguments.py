@@ -28,6 +28,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {}
 """Every verb by its name, the first word of its function's docstring."""
 LOAD_LM = (
     "train",
+    "finetune",
     "resume",
     "eval",
     "compare",
@@ -79,16 +80,33 @@ def parse_recipe(
         ending ("default" without a file).
     """
     base, name = Recipe(), "default"
-    arguments = [_current_flag(argument) for argument in arguments]
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
         base, name = recipes.load_recipe(file), Path(file).stem
+    return *parse_changes(options, f"{verb} [RECIPE.toml]", arguments, base), name
+
+
+def parse_changes(
+    options: type, usage: str, arguments: list[str], base: Recipe
+) -> tuple[Recipe, dict[str, Any]]:
+    """Parse flags over a recipe.
+
+    Args:
+        options: as in `parse_recipe`.
+        usage: usage of the verb without its flags.
+        arguments: the flags.
+        base: the recipe with the values of flags that are not given.
+
+    Returns:
+        The recipe, and the values of the verb's own options.
+    """
+    arguments = [_current_flag(argument) for argument in arguments]
     activation = _choose_activation(base.sae.activation, arguments)
     base = dataclasses.replace(base, sae=dataclasses.replace(base.sae, activation=activation))
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(Recipe)}
-    parsed = parse(options, f"{verb} [RECIPE.toml]", arguments, default=options(**fields))
+    parsed = parse(options, usage, arguments, default=options(**fields))
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(options)}
-    return Recipe(**{key: values.pop(key) for key in fields}), values, name
+    return Recipe(**{key: values.pop(key) for key in fields}), values
 
 
 def _current_flag(argument: str) -> str:

@@ -7,6 +7,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ksparse train --acts.lm gpt2 --acts.site resid_post.8 --acts.text my.txt --tokens 1000000",
         "ksparse train recipes/gpt2-small-32k.toml --out runs/gpt2 --sae.k 64",
     ),
+    "finetune": (
+        "ksparse finetune runs/mine --tokens 25000000",
+        "ksparse finetune runs/mine --loss none --tokens 25000000 --out runs/control",
+    ),
     "resume": ("ksparse resume runs/mine", "ksparse resume runs/mine --run.save-minutes 5"),
     "demo": ("ksparse demo --out runs/demo",),
     "sweep": (

@@ -11,7 +11,10 @@ from ksparse.errors import InputError, unknown
 
 SHELLS = ("bash", "zsh", "fish")
 _RECIPES = ("train", "plan", "shard", "sweep")
-_RUNS = ("resume", "eval", "compare", "report", "view", "steer", "attribute", "convert", "push")
+_RUNS = (
+    *("finetune", "resume", "eval", "compare", "report", "view", "steer", "attribute"),
+    *("convert", "push"),
+)
 
 
 @verb

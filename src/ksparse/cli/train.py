@@ -1,4 +1,4 @@
-"""Verbs that train: demo, train, resume."""
+"""Verbs that train: demo, train, finetune, resume."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ksparse import config as recipes
-from ksparse.cli.arguments import parse, parse_recipe, split_folder, verb
+from ksparse.cli.arguments import parse, parse_changes, parse_recipe, split_folder, verb
 from ksparse.cli.evaluate import evaluate_saes
 from ksparse.cli.output import (
     ProgressBar,
@@ -24,6 +24,7 @@ from ksparse.cli.output import (
 )
 from ksparse.config import Recipe
 from ksparse.config.evaluation import EvalConfig
+from ksparse.planning.tuning import check_parent, default_folder, finetune_recipe, fit_buffer
 from ksparse.progress import format_duration, format_elapsed, report
 from ksparse.storage.run_folder import RunFolder, open_run
 
@@ -46,6 +47,42 @@ def train(arguments: list[str]) -> None:
     run = RunFolder(Path(options["out"] or f"runs/{name}"))
     train_run(recipe, run)
     print_next_steps(run)
+
+
+@dataclass(frozen=True)
+class FinetuneArgs(TrainArgs):
+    """Options of `ksparse finetune`; what is not given is the run's own."""
+
+    loss: Literal["", "kl", "ce", "none"] = ""
+    """Short for --sae.lm-loss: the loss of the LM with reconstructions in place of the site's
+    activations. kl (default): its divergence from the unchanged LM. ce: its cross-entropy. none:
+    neither, the control with the same tokens."""
+    out: str = ""
+    """Folder of the new run; by default RUN-kl, RUN-ce or RUN-plain."""
+
+
+@verb
+def finetune(arguments: list[str]) -> None:
+    """finetune RUN [--loss kl|ce|none] [--tokens N] [--key value …]
+
+    Train a run's autoencoder on, with a loss of the LM behind the site; writes a new run.
+    """
+    folder, flags = split_folder("finetune", arguments)
+    parent = open_run(folder) if folder else None
+    recipe = finetune_recipe(parent) if parent is not None else Recipe()
+    recipe, options = parse_changes(FinetuneArgs, "finetune RUN", flags, recipe)
+    if parent is None:
+        return
+    check_parent(parent)
+    recipe = fit_buffer(recipe)
+    if options["loss"]:
+        loss = dataclasses.replace(recipe.sae, lm_loss=options["loss"])
+        recipe = dataclasses.replace(recipe, sae=loss)
+    run = RunFolder(Path(options["out"] or default_folder(parent, recipe)))
+    train_run(recipe, run)
+    print_next_steps(run)
+    if is_first_process():
+        print(f"         ksparse compare {parent.path} {run.path}")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class ActsConfig(Config):
     multiply all by one constant, so that the mean squared norm is d_model. none: leave as it is."""
     mix: int = 65_536
     """Size of the shuffle buffer: activations are shuffled in blocks of this many, and batches are
-    drawn from a block."""
+    drawn from a block. With `sae.lm_loss`, whole contexts are shuffled."""
     lm_batch: int = 64
     """Contexts per forward pass of the LM. 0: the fastest, measured at the start of a run and kept
     in its checkpoints; evaluations then take 64. Results differ by rounding only, but two runs of
@@ -228,6 +228,15 @@ class SAEConfig(Config):
     prefix_loss: Literal["sum", "mean"] = "sum"
     """How the errors of the prefixes and of all latents add up. sum: the paper's. mean: on the
     scale of an ordinary SAE, so that AuxK weighs as much as there."""
+    lm_loss: Literal["none", "kl", "ce"] = "none"
+    """Second loss, of the LM with the reconstructions in place of the activations (Karvonen 2025).
+    kl: its divergence from the unchanged LM. ce: its cross-entropy. Runs the whole LM in each
+    step."""
+    lm_share: float = 0.5
+    """Share of `lm_loss` in the sum with the reconstruction error; 1: it alone."""
+    lm_balance: bool = True
+    """Scale `lm_loss` anew in each step so that the KL of the batch counts as much as its
+    reconstruction error. Without it a nat counts as much as a normalised MSE of 1."""
     b_enc: bool = True
     """Train an encoder bias."""
     init: Literal["tied", "independent"] = "tied"
@@ -251,7 +260,7 @@ class SAEConfig(Config):
         super().__post_init__()
         self.check_range("n_latents", "k", at_least=1)
         self.check_range("auxk_coef", "k_aux", "dead_after", "multi_topk", at_least=0)
-        self.check_range("auxk_share", above=0, at_most=1)
+        self.check_range("auxk_share", "lm_share", above=0, at_most=1)
         self.check_range("decoder_cosine_min", at_least=0, below=1)
         if self.freeze == "decoder" and self.decoder_cosine_min:
             raise InputError(
@@ -318,6 +327,12 @@ class SAEConfig(Config):
     def uses_auxk(self) -> bool:
         """Whether the AuxK loss revives dead latents."""
         return self.auxk_coef > 0 and self.activation.REVIVAL == "auxk"
+
+    @property
+    def uses_lm(self) -> bool:
+        """Whether the loss has a term of the LM behind the site, for which batches are whole
+        contexts."""
+        return self.lm_loss != "none"
 
 
 @dataclass(frozen=True)
@@ -577,6 +592,7 @@ class Recipe(Config):
                 "give one of them"
             )
         _check_prefixes_on_mesh(self)
+        _check_lm_loss(self)
         for key, value in flat(dataclasses.asdict(self)).items():
             if isinstance(value, str) and has_lone_surrogate(
                 value
@@ -629,6 +645,7 @@ class Recipe(Config):
             not self.sae.activation.WRITTEN_OUT
             or self.sae.multi_topk > 0
             or bool(self.sae.nested_sizes)
+            or self.sae.uses_lm
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -649,7 +666,8 @@ class Recipe(Config):
         table["optim"]["screen"] = table["optim"].pop("approx_topk")
         # Later keys are left out at their defaults, so that older runs keep their names.
         later = ("prefixes", "prefix_draws", "prefix_loss", "start", "k_start", "k_anneal")
-        for key in (*later, *CONTROLS["sae"]):
+        lm_keys = ("lm_loss", "lm_share", "lm_balance")
+        for key in (*later, *lm_keys, *CONTROLS["sae"]):
             if getattr(self.sae, key) == getattr(SAEConfig, key):
                 del table["sae"][key]
         for key in LATER_ACTS:
@@ -719,6 +737,29 @@ def _check_prefixes_on_mesh(recipe: Recipe) -> None:
         raise InputError(
             "sae.auxk_norm is 'batch', which with prefixes is not summed over mesh.data; give "
             "'token', or mesh.data 1"
+        )
+
+
+def _check_lm_loss(recipe: Recipe) -> None:
+    """Raise InputError for a loss of the LM where a batch cannot be whole contexts of an LM."""
+    if not recipe.sae.uses_lm:
+        return
+    asked = f"sae.lm_loss is {recipe.sae.lm_loss!r}"
+    if recipe.acts.shards:
+        raise InputError(
+            f"{asked} and acts.shards is {preview(recipe.acts.shards)}; shards hold single "
+            "activations, and this loss runs the LM on the contexts that they come from: leave "
+            "acts.shards out and give acts.lm, acts.site and acts.text, or sae.lm_loss 'none'"
+        )
+    if recipe.mesh.data != 1 or recipe.mesh.latent > 1:
+        raise InputError(
+            f"{asked} and the mesh is {recipe.mesh.data} x {recipe.mesh.latent}; a batch of whole "
+            "contexts is not split over processes: give mesh.data 1 and mesh.latent 1"
+        )
+    if recipe.run.ahead == "on":
+        raise InputError(
+            f"{asked} and run.ahead is 'on'; the step itself runs the LM, which cannot compute "
+            "activations at the same time: leave run.ahead at 'auto'"
         )
 
 

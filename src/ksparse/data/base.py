@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ksparse.errors import CorruptError
+from ksparse.lm.tokens import TokenBatch
 
 Cursor = dict[str, Any]
 """Position in a stream, as JSON."""
@@ -40,6 +41,10 @@ class ActivationBatch(NamedTuple):
     """[b] index of the document of each."""
     cursor: Cursor
     """Where the stream continues after this batch."""
+    contexts: TokenBatch | None = None
+    """The contexts that the activations are of, where the stream shuffles whole contexts: row i of
+    x is position i of `contexts.keep`. A context that crosses the end of a batch is in both, each
+    time with the positions of that batch."""
 
 
 class ActivationStream(Protocol):

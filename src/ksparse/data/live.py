@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from ksparse.data.permutation import permutation
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.lm.model import LM
+from ksparse.lm.tokens import TokenBatch
 from ksparse.progress import report
 
 _MAX_EMPTY_CONTEXTS = 10_000
@@ -48,6 +49,10 @@ class ShuffleBuffer(NamedTuple):
     """[rows] number of each row's context in the buffer."""
     next: BufferStart
     """Where the next buffer begins."""
+    positions: Tensor | None = None
+    """[rows] position of each row in its context, where whole contexts are shuffled."""
+    read: Sequence[Context] = ()
+    """The contexts of the buffer, where whole contexts are shuffled."""
 
 
 class LiveStream:
@@ -60,6 +65,7 @@ class LiveStream:
         seed: of the order in a buffer.
         mesh: the processes that share the stream.
         what: what to call the filling of a buffer in progress reports.
+        whole_contexts: shuffle contexts in place of single activations, and hand them out too.
     """
 
     def __init__(
@@ -71,7 +77,9 @@ class LiveStream:
         seed: int,
         mesh: Mesh = SINGLE_PROCESS,
         what: str = COMPUTING,
+        whole_contexts: bool = False,
     ):
+        self.whole_contexts = whole_contexts
         self.lm, self.corpus, self.batch, self.seed, self.mesh = lm, corpus, batch, seed, mesh
         self.d_model = lm.d_model
         self.batches_per_buffer = max(1, corpus.acts.mix // batch)
@@ -105,8 +113,7 @@ class LiveStream:
         start = BufferStart(TextCursor(*cursor["place"]), cursor["skip"])
         while True:
             buffer = self._buffer(start)
-            rows = len(buffer.x)
-            order = torch.from_numpy(permutation(np.arange(rows), rows, (self.seed, number)))
+            order = self._order(buffer, number)
             self._same_context_fraction = self._measure_same_context(buffer, order)
             for i in range(done, self.batches_per_buffer):
                 chosen = order[i * self.batch : (i + 1) * self.batch]
@@ -114,9 +121,29 @@ class LiveStream:
                 after = self._cursor(number, start, i + 1)
                 if i + 1 == self.batches_per_buffer:
                     after = self._cursor(number + 1, buffer.next, 0)
-                yield ActivationBatch(buffer.x[chosen].float(), buffer.documents[chosen], after)
+                contexts = self._contexts_of(buffer, chosen) if self.whole_contexts else None
+                x, documents = buffer.x[chosen].float(), buffer.documents[chosen]
+                yield ActivationBatch(x, documents, after, contexts)
             number, start, done = number + 1, buffer.next, 0
             del buffer  # so that two are never in memory
+
+    def _order(self, buffer: ShuffleBuffer, number: int) -> Tensor:
+        """Return the order of a buffer's activations, [rows]; whole contexts stay together."""
+        rows = len(buffer.x)
+        if not self.whole_contexts:
+            return torch.from_numpy(permutation(np.arange(rows), rows, (self.seed, number)))
+        count = len(buffer.read)
+        places = torch.from_numpy(permutation(np.arange(count), count, (self.seed, number)))
+        return places[buffer.contexts].argsort(stable=True)
+
+    def _contexts_of(self, buffer: ShuffleBuffer, chosen: Tensor) -> TokenBatch:
+        """Return the contexts of a batch, `keep` being the positions of its rows."""
+        assert buffer.positions is not None
+        numbers, rows = buffer.contexts[chosen].unique_consecutive(return_inverse=True)
+        contexts = self.corpus.batch([buffer.read[number] for number in numbers.tolist()])
+        keep = torch.zeros_like(contexts.keep)
+        keep[rows, buffer.positions[chosen]] = True
+        return contexts._replace(keep=keep)
 
     def rows_to_compute(self, cursor: Cursor | None, batches: int) -> int:
         """Return how many activations are computed for the next batches: whole buffers, the one
@@ -180,6 +207,7 @@ class LiveStream:
         x = torch.empty(rows, self.d_model, dtype=dtype, device=self.lm.device)
         documents = torch.empty(rows, dtype=torch.long)
         numbers = torch.empty(rows, dtype=torch.long)
+        positions = torch.empty(rows, dtype=torch.long) if self.whole_contexts else None
         ends, filled, contexts_done = [0], 0, 0
         for number, group in enumerate(groups):
             if self.cancel.is_set():
@@ -193,6 +221,8 @@ class LiveStream:
             owners = contexts.documents[keep][part]
             at = slice(filled, filled + len(owners))
             documents[at], numbers[at] = owners, ids[keep][part]
+            if positions is not None:
+                positions[at] = keep.nonzero()[:, 1][part]
             if self._rank_of(number, len(groups)) == self.mesh.rank:
                 acts = self.lm.acts(contexts.tokens, contexts.attention)[keep][part]
                 self._check_finite(acts, owners)
@@ -203,7 +233,8 @@ class LiveStream:
         self._broadcast(x, ends)
         self.rows_computed += rows
         self.seconds_computing += time.monotonic() - began
-        return ShuffleBuffer(x, documents, numbers, following)
+        read = list(itertools.chain(*groups)) if self.whole_contexts else ()
+        return ShuffleBuffer(x, documents, numbers, following, positions, read)
 
     def _gather(self, start: BufferStart, rows: int) -> tuple[list[list[Context]], BufferStart]:
         """Take contexts until `rows` activations are kept; return them grouped for the LM, and

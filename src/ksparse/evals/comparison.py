@@ -24,6 +24,7 @@ from ksparse.evals.statistics import Value
 
 COLUMNS: dict[str, dict[str, int]] = {
     "downstream": {"ce_delta": 1, "kl": 1, "recovered": -1},
+    "own_loss": {"loss_delta": 1, "recovered": -1},
     "stats": {"explained_variance": -1, "nmse": 1, "l0": 0, "dead_fraction": 0},
     "probes": {"probe_loss": 1, "gain_over_channels": -1},
     "n2g": {"precision": -1, "recall": -1, "f1": -1},

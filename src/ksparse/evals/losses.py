@@ -90,6 +90,27 @@ def compare(clean: Tensor, changed: Tensor, targets: Tensor) -> Compared:
     )
 
 
+def gradient(kind: str, clean: Tensor, changed: Tensor, targets: Tensor) -> Tensor:
+    """Return the gradient [r, v] of each row's loss with respect to its changed logits.
+
+    Args:
+        kind: 'kl' for KL(clean || changed), 'ce' for the loss of the changed prediction.
+        clean: as in `compare`.
+        changed: as in `compare`.
+        targets: as in `compare`.
+
+    Example:
+        >>> import torch
+        >>> clean, changed = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> gradient("ce", clean, changed, torch.tensor([1]))
+        tensor([[ 0.5000, -0.5000]])
+    """
+    slope = changed.softmax(-1)
+    if kind == "kl":
+        return slope.sub_(clean.softmax(-1))
+    return slope.scatter_add_(1, targets[:, None], -torch.ones_like(slope[:, :1]))
+
+
 def _subtract_largest(logits: Tensor, out: Tensor) -> Tensor:
     """Write the logits less the largest of each row [r, v]; return the largest, [r]."""
     largest = logits.amax(-1, keepdim=True)

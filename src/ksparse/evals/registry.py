@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ksparse.config.evaluation import check_evaluations
+from ksparse.evals import own_loss
 from ksparse.evals.ablation import Ablation
 from ksparse.evals.base import Metric
 from ksparse.evals.decoder_projection import DecoderProjection
@@ -35,6 +36,7 @@ from ksparse.evals.latents.properties import Latents
 from ksparse.evals.latents.subspaces import Subspaces
 from ksparse.evals.latents.token_driven import TokenDriven
 from ksparse.evals.norms import Norms
+from ksparse.evals.own_loss import OwnLoss
 from ksparse.evals.positions import Positions
 from ksparse.evals.probing.probes import Probes
 from ksparse.evals.progressive import Progressive
@@ -63,6 +65,11 @@ EVALS: dict[str, type[Metric]] = {
     "absorption": Absorption,
 }
 """All evaluations."""
+
+
+def metric_of(name: str) -> type[Metric]:
+    """Return the class of an evaluation; also of the one that only a function asks for."""
+    return OwnLoss if name == own_loss.NAME else EVALS[name]
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,11 @@ class RowBatch(Memo):
     def __init__(self, table: Tensors, rows: np.ndarray, device: torch.device):
         super().__init__()
         self._table, self._rows, self._device = table, rows, device
+
+    @property
+    def numbers(self) -> Tensor:
+        """The number of each row among all rows of the data, [m]."""
+        return torch.from_numpy(self._table.chosen[self._rows]).to(self._device)
 
     @cached_property
     def keep(self) -> Tensor:
@@ -75,6 +80,7 @@ class HeldOutRows(Memo):
         options: the split, and how many rows to read.
         device: where to put them.
         digest: what `metadata.policy.tensors` of the SAE says.
+        loss: a function of edited activations to evaluate with, for which documents are read whole.
 
     Raises:
         InputError: the folder has another content than when the SAE was trained, or no such rows.
@@ -88,8 +94,16 @@ class HeldOutRows(Memo):
     """Positions of a context."""
     lm = None
 
-    def __init__(self, acts: ActsConfig, options: EvalConfig, device: torch.device, digest: str):
+    def __init__(
+        self,
+        acts: ActsConfig,
+        options: EvalConfig,
+        device: torch.device,
+        digest: str,
+        loss: Callable[[Tensor, Any], Any] | None = None,
+    ):
         super().__init__()
+        self.loss = loss
         self.acts, self.options, self.device = acts, options, device
         self.table = Tensors(acts.shards, options.split)
         self.d_model = self.table.d_model
@@ -107,6 +121,13 @@ class HeldOutRows(Memo):
         """Return a new pass over the rows."""
         return RowPass(self)
 
+    def mean_row(self) -> Tensor:
+        """Return the mean [d] of the rows that a pass reads."""
+        total, count = torch.zeros(self.d_model, dtype=torch.float64), 0
+        for batch in RowPass(self):
+            total, count = total + batch.x.cpu().double().sum(0), count + len(batch.x)
+        return (total / count).float().to(self.device)
+
     def nothing(self) -> InputError:
         """Return the error for a split without rows."""
         return InputError(f"{self.acts.shards} has no {self.options.split} rows")
@@ -115,8 +136,8 @@ class HeldOutRows(Memo):
 class RowPass:
     """One pass over rows, and how much of them has been read so far.
 
-    At most `per_document` rows are of one document, those in front; with fewer than all rows,
-    those read are spread evenly over the files.
+    With fewer than all rows, those read are spread evenly over the files. Where the data has a
+    `loss`, whole documents are read, spread evenly in the order in which they first occur.
 
     Attributes:
         tokens: rows read.
@@ -129,13 +150,39 @@ class RowPass:
 
     def __iter__(self) -> Iterator[RowBatch]:
         data = self.data
-        wanted = min(data.options.tokens, data.table.rows)
-        rows = np.unique(np.linspace(0, data.table.rows - 1, wanted).round().astype(np.int64))
-        for number in range(math.ceil(len(rows) / BATCH)):
-            batch = RowBatch(data.table, rows[number * BATCH : (number + 1) * BATCH], data.device)
+        for rows in self._single_rows() if data.loss is None else self._whole_documents():
+            batch = RowBatch(data.table, rows, data.device)
             self.tokens += len(batch.documents)
             self.documents |= set(batch.documents.tolist())
             yield batch
+
+    def _single_rows(self) -> Iterator[np.ndarray]:
+        """Yield batches of rows, spread evenly."""
+        table = self.data.table
+        wanted = min(self.data.options.tokens, table.rows)
+        rows = _spread(table.rows, wanted)
+        for number in range(math.ceil(len(rows) / BATCH)):
+            yield rows[number * BATCH : (number + 1) * BATCH]
+
+    def _whole_documents(self) -> Iterator[np.ndarray]:
+        """Yield batches of whole documents, at least one in each, of about `options.tokens` rows in
+        all."""
+        table = self.data.table
+        documents = table.documents(np.arange(table.rows))
+        _, first, inverse, sizes = np.unique(
+            documents, return_index=True, return_inverse=True, return_counts=True
+        )
+        by_document = np.split(np.argsort(inverse, kind="stable"), np.cumsum(sizes)[:-1])
+        in_order = np.argsort(first)
+        share = min(1.0, self.data.options.tokens / table.rows)
+        chosen = in_order[_spread(len(in_order), math.ceil(share * len(in_order)))]
+        batch: list[np.ndarray] = []
+        for document in chosen:
+            if batch and sum(map(len, batch)) + sizes[document] > BATCH:
+                yield np.concatenate(batch)
+                batch = []
+            batch.append(by_document[document])
+        yield np.concatenate(batch)
 
     def notes(self) -> list[str]:
         """Return remarks on the rows that were read."""
@@ -151,7 +198,17 @@ class RowPass:
         return notes
 
 
-def open_rows(saes: dict[str, SAE], options: EvalConfig, device: str) -> HeldOutRows:
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """Return `wanted` of the numbers below `count`, spread evenly and rising."""
+    return np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64))
+
+
+def open_rows(
+    saes: dict[str, SAE],
+    options: EvalConfig,
+    device: str,
+    loss: Callable[[Tensor, Any], Any] | None = None,
+) -> HeldOutRows:
     """Return the held-out rows that SAEs have in common.
 
     Raises:
@@ -171,7 +228,7 @@ def open_rows(saes: dict[str, SAE], options: EvalConfig, device: str) -> HeldOut
                 f"{label} and {other} were trained on different activations; evaluate them one by "
                 "one"
             )
-    return HeldOutRows(dataclasses.replace(acts), options, torch.device(device), str(digest))
+    return HeldOutRows(dataclasses.replace(acts), options, torch.device(device), str(digest), loss)
 
 
 def check_without_text(names: Sequence[str], needs_text: dict[str, bool]) -> None:

@@ -38,9 +38,11 @@ from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
 from ksparse.device import resolve_device
 from ksparse.errors import CorruptError, InputError
+from ksparse.evals import own_loss
 from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import HeldOut, HeldOutBatch, HeldOutPass, SAEBatch, acts_of
-from ksparse.evals.registry import DEFAULT, EVALS, check_names
+from ksparse.evals.own_loss import RowLoss
+from ksparse.evals.registry import DEFAULT, EVALS, check_names, metric_of
 from ksparse.evals.rows import HeldOutRows, RowPass, check_without_text, open_rows
 from ksparse.evals.statistics import Result
 from ksparse.lm import provenance
@@ -126,6 +128,7 @@ def evaluate_many(
     options: EvalConfig = EvalConfig(),
     *,
     like: ActsConfig | None = None,
+    loss: RowLoss | None = None,
     observe: Progress = no_progress,
     on_result: OnResult = lambda label, name, result: None,
 ) -> dict[str, dict[str, Result]]:
@@ -137,6 +140,8 @@ def evaluate_many(
         names: as in `evaluate`.
         options: as in `evaluate`.
         like: text, contexts and positions to use for all, instead of the SAEs' own.
+        loss: a function of edited activations, for SAEs that were trained on activations alone; the
+            result `own_loss` is then one more.
         observe: as in `evaluate`.
         on_result: called with (label, name, result) as soon as a result is complete, so that it
             can be written while slower evaluations go on.
@@ -150,7 +155,7 @@ def evaluate_many(
         NonFiniteError: as in `evaluate`.
     """
     with progress.observed(observe):
-        return _evaluate_many(saes, lm, names, options, like, on_result)
+        return _evaluate_many(saes, lm, names, options, like, on_result, loss)
 
 
 def _evaluate_many(
@@ -160,15 +165,19 @@ def _evaluate_many(
     options: EvalConfig,
     like: ActsConfig | None,
     on_result: OnResult,
+    loss: RowLoss | None,
 ) -> dict[str, dict[str, Result]]:
     names = (names,) if isinstance(names, str) else tuple(names)
     check_names(names)
     _check_lm(lm)
+    of_rows = lm is None and like is None and _any_of_rows(saes)
+    _check_loss(loss, of_rows)
     options = options.resolved()
     data: HeldOut | HeldOutRows
-    if lm is None and like is None and _any_of_rows(saes):
-        names, options = applicable(names, saes), dataclasses.replace(options, examples=0)
-        data = open_rows(saes, options, resolve_device(options.device))
+    if of_rows:
+        names = applicable(names, saes) + ((own_loss.NAME,) if loss else ())
+        options = dataclasses.replace(options, examples=0)
+        data = open_rows(saes, options, resolve_device(options.device), loss)
         notes: dict[str, list[str]] = {label: [] for label in saes}
     else:
         data, notes = _open_text(saes, lm, options, like)
@@ -178,7 +187,7 @@ def _evaluate_many(
     }
     for context in contexts.values():
         for name in names:
-            context.part(EVALS[name])
+            context.part(metric_of(name))
     results: dict[str, dict[str, Result]] = {label: {} for label in contexts}
     progress.expect(_expected_parts(contexts, names, data))
     for name, by_label in _run_metrics(contexts, names, data):
@@ -186,6 +195,19 @@ def _evaluate_many(
             results[label][name] = result
             on_result(label, name, result)
     return {label: {name: by_name[name] for name in names} for label, by_name in results.items()}
+
+
+def _check_loss(loss: Any, of_rows: bool) -> None:
+    if loss is not None and not callable(loss):
+        raise InputError(
+            f"loss is {loss!r:.80}; it must be a function of activations x[m, d] and their rows "
+            "that returns losses (docs/own-activations.md)"
+        )
+    if loss is not None and not of_rows:
+        raise InputError(
+            "loss is for SAEs that were trained on activations alone, judged on their held-out "
+            "rows; with an LM and text, the evaluation downstream measures the LM's own"
+        )
 
 
 def _check_lm(lm: Any) -> None:
@@ -295,7 +317,7 @@ def _run_metrics(
     have the same parts, so their results of one evaluation are complete together.
     """
     metrics = [metric for context in contexts.values() for metric in context.parts.values()]
-    stopwatch, requested = _Stopwatch(), {EVALS[name]: name for name in names}
+    stopwatch, requested = _Stopwatch(), {metric_of(name): name for name in names}
     for metric in metrics:
         with stopwatch.time(metric), progress.stage("pass 1"):
             metric.prepare()
@@ -386,7 +408,7 @@ def _origin(
         "site": acts.site,
         **({} if acts.lm_weights == ActsConfig.lm_weights else {"lm_weights": acts.lm_weights}),
         "checkpoint": metadata.get("step"),
-        **({"text": acts.text} if EVALS[name].passes else {}),
+        **({"text": acts.text} if metric_of(name).passes else {}),
     }
 
 
@@ -460,7 +482,7 @@ def attach_comparisons(results: dict[str, dict[str, Result]]) -> None:
     names = short_names(results)
     for label, by_name in results.items():
         for name, result in by_name.items():
-            if keys := EVALS[name].comparison_keys:
+            if keys := metric_of(name).comparison_keys:
                 result["beside"] = {
                     names[other]: {key: others[name][key] for key in keys}
                     for other, others in results.items()

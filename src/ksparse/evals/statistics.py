@@ -21,6 +21,7 @@ from ksparse import display
 
 BASELINES: dict[str, dict[str, tuple[str, ...]]] = {
     "downstream": {"ce_spliced": ("ce_clean", "ce_zero", "ce_mean")},
+    "own_loss": {"loss_spliced": ("loss_clean", "loss_zero", "loss_mean")},
     "probes": {"probe_loss": ("channel_loss", "random_sae_loss", "prior_loss")},
     "n2g": {"recall": ("shuffled_recall",), "precision": ("shuffled_precision",)},
     "explained_loss": {"ce_n2g": ("ce_clean", "ce_bigram", "ce_unigram", "ce_bias")},

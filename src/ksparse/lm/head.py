@@ -70,6 +70,29 @@ class LogitRows:
     def __len__(self) -> int:
         return len(self._states)
 
+    def gradient(self, at: Tensor, of_logits: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """Return the gradient of a loss with respect to activations that were put into the pass.
+
+        Logits are computed twice, a slice at a time, so that the whole is never held.
+
+        Args:
+            at: Those activations, which require a gradient; of `LM.predict_patched(…,
+                gradient=True)`.
+            of_logits: Called with each slice and its logits [r, v] in float32; returns the gradient
+                [r, v] of the loss with respect to them.
+
+        Returns:
+            The gradient, in the shape of `at`.
+        """
+        of_states = torch.empty_like(self._states)
+        with torch.inference_mode(False), torch.enable_grad():
+            for rows in self.slices():
+                states = self._states[rows].detach().requires_grad_()
+                logits = self._head(states).float()
+                slope = of_logits(rows, logits.detach())
+                (of_states[rows],) = torch.autograd.grad(logits, states, slope)
+        return torch.autograd.grad(self._states, at, of_states)[0]
+
     @property
     def nbytes(self) -> int:
         """Bytes held between two reads."""
@@ -90,7 +113,6 @@ def run_base(model: CausalLM, **inputs: Any) -> Any:
     return model.base_model(**inputs)
 
 
-@torch.inference_mode()
 def run_head(model: CausalLM, kind: Callable[..., Any], hidden: Tensor) -> Tensor:
     """Return the logits [b, t, v] of hidden states, as the model's own forward makes them.
 
@@ -101,5 +123,8 @@ def run_head(model: CausalLM, kind: Callable[..., Any], hidden: Tensor) -> Tenso
     """
     replaced = kind(last_hidden_state=hidden)
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    with replaced_forward(model.base_model, lambda *args, **kwargs: replaced):
+    with (
+        torch.inference_mode(not hidden.requires_grad),
+        replaced_forward(model.base_model, lambda *args, **kwargs: replaced),
+    ):
         return model(input_ids=ids, use_cache=False).logits

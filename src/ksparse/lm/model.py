@@ -336,13 +336,15 @@ class LM:
         """Return the logits [b, t, v] of `predict_patched`."""
         return self.predict_patched(cached, edit).full()
 
-    @torch.inference_mode()
-    def predict_patched(self, cached: CachedRun, edit: Callable[[Tensor], Tensor]) -> Logits:
+    def predict_patched(
+        self, cached: CachedRun, edit: Callable[[Tensor], Tensor], *, gradient: bool = False
+    ) -> Logits:
         """Run the LM again with the site's activations changed; blocks before it are skipped.
 
         Args:
             cached: What `run_with_cache` returned.
             edit: Maps x[b, t, d] (float32) to what takes its place.
+            gradient: Record what `LogitRows.gradient` needs. The LM itself stays as it is.
 
         Returns:
             The logits [b, t, v], computed when they are read.
@@ -351,7 +353,11 @@ class LM:
             InputError: The site is read-only.
         """
         self.check_changes()
-        with ExitStack() as changes:
+        with (
+            torch.inference_mode(not gradient),
+            torch.set_grad_enabled(gradient),
+            ExitStack() as changes,
+        ):
             for block in self.skippable if cached.prefix is not None else ():
                 changes.enter_context(skipped(block, cached.prefix))
             changes.enter_context(self.hooked(lambda x: edit(x.float().to(self.device)).to(x)))

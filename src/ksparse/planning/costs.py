@@ -119,6 +119,18 @@ class PlanInput:
         return not self.recipe.acts.shards
 
     @property
+    def lm_flops(self) -> int:
+        """FLOPs of the LM for an activation: to the site, and with `sae.lm_loss` behind it."""
+        subject = self.subject
+        if not self.live:
+            return 0
+        before = flops.lm(subject.before_site)
+        if not self.recipe.sae.uses_lm:
+            return before
+        matrices = (subject.body or subject.parameters) + subject.d_model * subject.vocabulary
+        return before + flops.lm_loss(max(matrices, subject.before_site), subject.before_site)
+
+    @property
     def parameters(self) -> int:
         """Parameters of the SAE: W_enc, W_dec, b_enc and b_pre."""
         n, d = self.recipe.sae.n_latents, self.subject.d_model
@@ -517,7 +529,7 @@ def seconds(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
         "sparse parts": 4 * rank.rows * sum(rank.offers) * d * reads / gather,
         "AuxK": 5 * 2 * rank.auxk_rows * rank.dead * d / (hardware.PRODUCT * card.float32),
         "Adam, norms, average": 2 * rank.n * d * _update_bytes(case, rank) / stream,
-        "LM": flops.lm(case.subject.before_site) * lm_tokens / lm,
+        "LM": case.lm_flops * lm_tokens / lm,
         **{name: _exchange_seconds(case, mesh, axis) for axis, name in EXCHANGE.items()},
     }
     return {name: value for name, value in parts.items() if value}

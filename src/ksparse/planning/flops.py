@@ -11,7 +11,9 @@ curves and scaling laws.
     AuxK      8 k_aux d              the same four over dead latents, in steps that have any;
                                      less if fewer than k_aux are dead
     LM        2 parameters           of its matrices up to the site; reported apart, since SAEs that
-                                     share a stream pay it once, and with shards it is 0
+                                     share a stream pay it once, and with shards it is 0. With
+                                     sae.lm_loss also the whole LM once, and its part behind
+                                     the site twice: spliced, and back
 
 Activations other than TopK are counted as if k latents were active. The formula counts what the
 method needs, whichever kernels compute it: dense libraries spend 12 n d. The optimizer's update is
@@ -60,6 +62,17 @@ def auxk(latents: int, d_model: int) -> int:
 def lm(parameters: int) -> int:
     """Return the FLOPs per activation of an LM with `parameters` in its matrices up to the site."""
     return 2 * parameters
+
+
+def lm_loss(parameters: int, before: int) -> int:
+    """Return the FLOPs per activation of `sae.lm_loss`: the unchanged LM, the spliced one from the
+    site on, and the gradient back to the site.
+
+    Args:
+        parameters: of all matrices of the LM, the head included.
+        before: of those up to the site.
+    """
+    return 2 * parameters + 4 * (parameters - before)
 
 
 def before_site(model: nn.Module, site: nn.Module, at: str) -> int:

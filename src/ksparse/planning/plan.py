@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from ksparse.config import Recipe, k_aux
+from ksparse.config import ActsConfig, Recipe, k_aux
 from ksparse.config.evaluation import EvalConfig
 from ksparse.data.sharded import open_shards
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
+from ksparse.limits import LOGITS_BYTES
 from ksparse.lm.loading import find_model, read_config, without_weights
 from ksparse.lm.model import check_length, longest_context
 from ksparse.lm.sites import outline
@@ -214,7 +215,7 @@ def _flops_per_token(case: PlanInput) -> dict[str, int]:
         "encoder product": flops.encoder(recipe, d),
         "sparse parts": flops.decoder(recipe, d),
         "AuxK, if latents are dead": auxk if with_auxk else 0,
-        "LM": flops.lm(case.subject.before_site) if case.live else 0,
+        "LM": case.lm_flops,
     }
     return {name: size for name, size in parts.items() if size}
 
@@ -226,6 +227,12 @@ def _warnings(plan: RunPlan) -> list[str]:
         messages.append(
             f"note         the sparse parts assume k active latents; while {kind} leaves many "
             "more active, a step costs about six dense products"
+        )
+    if plan.case.recipe.sae.uses_lm:
+        messages.append(
+            "note         sae.lm_loss: what the LM behind the site keeps for a gradient, of "
+            f"{plan.case.recipe.acts.lm_batch or ActsConfig.lm_batch} contexts at a time, and "
+            f"{format_bytes(LOGITS_BYTES)} of logits are not in the memory; --acts.lm-batch"
         )
     if plan.disk > plan.free:
         messages.append("warning      the disk is too small")

@@ -22,4 +22,5 @@ def stream_key(recipe: Recipe) -> dict[str, Any]:
         "curve": {"held_out": recipe.curve.held_out},
         "mesh": asdict(recipe.mesh),
         "run": {"device": recipe.run.device},
+        "sae": {"lm_loss": "kl or ce" if recipe.sae.uses_lm else "none"},  # whole contexts
     }

@@ -123,4 +123,6 @@ def prefilters(recipe: Recipe) -> bool:
 
 def prefetches(recipe: Recipe, device: str) -> bool:
     """Return whether a thread computes activations ahead of the step."""
+    if recipe.sae.uses_lm:  # the step runs the LM itself
+        return False
     return recipe.run.ahead == "on" or (recipe.run.ahead == "auto" and device.startswith("cuda"))

@@ -26,6 +26,10 @@ from ksparse.sae.terms import LossTerm, total_loss
 PREFIX_POWER = 0.5
 """Exponent of the law that Matryoshka's random prefixes are drawn from (Nabeshima 2024)."""
 
+LM_TERMS = {"kl": "kl", "ce": "ce_delta"}
+"""The term of each `sae.lm_loss`: KL(unchanged || spliced), or how much the spliced loss is higher
+than the unchanged LM's; in nats."""
+
 
 class Losses(NamedTuple):
     """The loss of a batch, its terms by name, and the code that it came from.
@@ -51,6 +55,20 @@ class Losses(NamedTuple):
         return self.terms.get("auxk", self.total.new_zeros(()))
 
 
+class LMPull(NamedTuple):
+    """The loss of the LM behind the site, as the reconstructions of a batch feel it.
+
+    Args:
+        value: the loss in nats, the mean over the predictions of the whole batch.
+        gradient: its gradient with respect to the reconstructions, [b, d].
+        scale: what a nat counts as, in units of the normalised MSE.
+    """
+
+    value: Tensor
+    gradient: Tensor
+    scale: float = 1.0
+
+
 @dataclass(frozen=True)
 class LossInputs:
     """What the loss of a batch depends on besides the weights and the batch.
@@ -65,6 +83,7 @@ class LossInputs:
         auxk_weight: factor of AuxK where the batch is a part of a larger one.
         penalty_share: the share of its full weight that a penalty has in this step.
         seed: a function of the recipe's seed and the step, for terms that draw at random.
+        lm: the loss of the LM with these reconstructions, where the recipe has it.
     """
 
     options: SAEConfig
@@ -75,6 +94,7 @@ class LossInputs:
     auxk_weight: float = 1.0
     penalty_share: float = 1.0
     seed: int = 0
+    lm: LMPull | None = None
 
 
 def losses(sae: SAE, x: Tensor, inputs: LossInputs) -> Losses:
@@ -104,7 +124,27 @@ def loss_terms(
     )
     if options.uses_auxk:
         terms["auxk"] = auxk(sae, x, result, inputs)
+    if inputs.lm is not None:
+        terms |= lm_loss(result, options, inputs.lm, terms["nmse"])
     return terms
+
+
+def lm_loss(
+    result: TrainingPass, options: SAEConfig, lm: LMPull, nmse: LossTerm
+) -> dict[str, LossTerm]:
+    """Return the loss of the LM behind the site beside the reconstruction error, in the share that
+    the recipe gives it (Karvonen 2025).
+
+    Its value and gradient are known; the term is linear in the reconstructions, so that it has
+    both.
+    """
+    # Adds 0, with the gradient of the sum of gradient x reconstruction.
+    slope = (lm.gradient * (result.recon - result.recon.detach())).sum()
+    share, name = options.lm_share, LM_TERMS[options.lm_loss]
+    return {
+        "nmse": nmse._replace(weight=nmse.weight * (1 - share)),
+        name: LossTerm(lm.value + slope, nmse.weight * share * lm.scale),
+    }
 
 
 def multi_topk(sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs) -> LossTerm:

@@ -34,6 +34,7 @@ from ksparse.planning.steps import prefetches
 from ksparse.progress import Expected, report
 from ksparse.sae.init import center
 from ksparse.sae.normalization import dataset_factor, normalize
+from ksparse.training.lm_loss import LMLoss
 
 SHARD_BATCHES = 4
 """Batches that are prefetched from shards."""
@@ -113,7 +114,9 @@ class ActivationSource:
             tokens: tokens of all SAEs, those that they have already trained on included.
         """
         recipe, d_model = self.recipe, self.stream.d_model
-        flops_of_step = flops.encoder(recipe, d_model) + flops.decoder(recipe, d_model)
+        flops_of_step = (
+            flops.encoder(recipe, d_model) + flops.decoder(recipe, d_model) + self.flops_of_lm_loss
+        )
         parts = {TRAINING: Expected(float(flops_of_step * tokens), tokens)}
         if isinstance(self.source, LiveStream):
             rows = self.source.rows_to_compute(cursor, steps)
@@ -147,6 +150,21 @@ class ActivationSource:
         """Parameters of the LM's matrices up to the site; 0 if activations come from shards."""
         lm = getattr(self.source, "lm", None)
         return flops.before_site(lm.model, lm.module, lm.at) if lm else 0
+
+    @cached_property
+    def lm_loss(self) -> LMLoss | None:
+        """The loss of the LM behind the site; None where the recipes have none."""
+        if not self.recipe.sae.uses_lm or not isinstance(self.source, LiveStream):
+            return None
+        return LMLoss(self.source.lm)
+
+    @cached_property
+    def flops_of_lm_loss(self) -> int:
+        """FLOPs per activation of the loss of the LM behind the site; 0 where there is none."""
+        if self.lm_loss is None:
+            return 0
+        model = self.lm_loss.lm.model
+        return flops.lm_loss(flops.before_site(model, model, "out"), self.lm_parameters)
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -199,6 +217,14 @@ def open_stream(
     report("loading the LM")
     lm = LM(acts=acts, device=str(device))
     corpus = Corpus(acts, lm.tokenizer, "train")
-    return LiveStream(
-        lm, corpus, batch=recipe.batch, seed=recipe.data_seed, mesh=mesh
-    ), corpus.policy()
+    if recipe.sae.uses_lm:
+        lm.check_changes()
+    stream = LiveStream(
+        lm,
+        corpus,
+        batch=recipe.batch,
+        seed=recipe.data_seed,
+        mesh=mesh,
+        whole_contexts=recipe.sae.uses_lm,
+    )
+    return stream, corpus.policy()

@@ -109,6 +109,8 @@ class SAETrainer:
         state.step += 1
         if recipe.sae.k_start:
             self.optimizer.set_k(recipe.sae.k_at(state.step, recipe.steps))
+        if self.source.lm_loss is not None:
+            self.optimizer.lm_loss = self.source.lm_loss.of(self.optimizer.sae, recipe.sae, batch)
         losses, grad_norm = train_step(self.optimizer, x, state, recipe, self.dead)
         if not math.isfinite(grad_norm):
             self._leave_out(batch)
@@ -182,7 +184,7 @@ class SAETrainer:
         d_model = optimizer.sae.shape.d_model
         row = (
             {"step": state.step, "tokens": state.tokens}
-            | flops_so_far(state, recipe, d_model, self.source.lm_parameters)
+            | flops_so_far(state, recipe, d_model, self._lm_flops)
             | losses
             | {
                 "loss": min(
@@ -197,6 +199,11 @@ class SAETrainer:
             self.curve.append(row)
         converged = self.mesh.is_rank0 and convergence.converged(self.curve, recipe.curve)
         state.converged = bool(self.mesh.all_reduce_max_ints("converged", [int(converged)])[0])
+
+    @property
+    def _lm_flops(self) -> int:
+        """FLOPs of the LM per activation: to the site, and for the loss behind it."""
+        return flops.lm(self.source.lm_parameters) + self.source.flops_of_lm_loss
 
     def due(self) -> bool:
         """Return whether a checkpoint is due; on a mesh process 0 has the clock."""
@@ -449,7 +456,7 @@ def checkpoint_due(step: int, saved_at: float, recipe: Recipe) -> bool:
 
 
 def flops_so_far(
-    state: TrainState, recipe: Recipe, d_model: int, lm_parameters: int
+    state: TrainState, recipe: Recipe, d_model: int, lm_flops: int
 ) -> dict[str, float]:
     """Return the FLOPs of a run so far, by part and in sum; the sum leaves out the LM's."""
     parts = {
@@ -460,5 +467,5 @@ def flops_so_far(
     return {
         "flops": sum(parts.values()),
         **parts,
-        "flops_lm": float(state.tokens * flops.lm(lm_parameters)),
+        "flops_lm": float(state.tokens * lm_flops),
     }

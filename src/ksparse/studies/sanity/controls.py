@@ -148,6 +148,12 @@ def asked_run(study: Study) -> AskedRun:
         )
     run = open_run(options.run)
     recipe = run.recipe()
+    if recipe.sae.start:
+        raise InputError(
+            f"{run.path} began from another SAE (sae.start = {recipe.sae.start}): runs with other "
+            "seeds would begin from the same weights, and say nothing of what a seed decides; ask "
+            "about the run that it began from"
+        )
     steps = _steps_taken(run, recipe)
     acts = recipe.acts
     if acts.shards and not Path(acts.shards).is_dir():

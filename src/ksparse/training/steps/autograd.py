@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from ksparse.config import Recipe, auxk_tokens
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.limits import PRE_ACTS
-from ksparse.sae.losses import Losses, LossInputs, losses
+from ksparse.sae.losses import LMPull, Losses, LossInputs, losses
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalization import input_rms
 from ksparse.training.resample import resample_dead, resampling
@@ -71,6 +72,9 @@ class AutogradStep:
         self.updates = 0
         self.total: Tensor | float = 0.0
         """The loss of this step."""
+        self.lm_loss: Callable[[Tensor], LMPull] | None = None
+        """The loss of the LM for reconstructions [b, d] of the coming batch, where the recipe has
+        it."""
         self.seen: tuple[Tensor, Code, Tensor] | None = None
         """The batch of this step (x, code, dead), where the step updates more than weights."""
         self.batch: Tensor | None = None
@@ -97,7 +101,9 @@ class AutogradStep:
         scalars: list[Tensor] = []
         codes: list[Code] = []
         names: list[str] = []
-        for part in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
+        parts = x.split(max(1, PRE_ACTS // self.sae.shape.n_latents))
+        pulls = self._lm_pulls(parts, baseline)
+        for part, pull in zip(parts, pulls, strict=True):
             share, counted = len(part) / batch_size, min(len(part), max(0, aux_tokens - at))
             inputs = LossInputs(
                 options,
@@ -108,6 +114,7 @@ class AutogradStep:
                 auxk_weight=counted / aux_tokens / share,
                 penalty_share=self.penalty_share,
                 seed=step_seed(self.updates + 1, self.recipe),
+                lm=pull,
             )
             result = losses(self.sae, part, inputs)
             at += len(part)
@@ -126,6 +133,28 @@ class AutogradStep:
         )
         self.total = total
         return Losses(total, dict(zip(names, values)), code)
+
+    @torch.no_grad()
+    def _lm_pulls(self, parts: Sequence[Tensor], baseline: float) -> Sequence[LMPull | None]:
+        """Return the loss of the LM for each part of a batch; None where the recipe has none.
+
+        All reconstructions are computed beforehand: the LM reads whole contexts, and its loss is
+        scaled by those of the whole batch.
+        """
+        if self.lm_loss is None:
+            return [None] * len(parts)
+        recons = [self.activation(self.sae, part).recon for part in parts]
+        pull = self.lm_loss(torch.cat(recons))
+        if self.recipe.sae.lm_balance:
+            errors = [(recon - part).square().sum().item() for recon, part in zip(recons, parts)]
+            nmse = sum(errors) / sum(part.numel() for part in parts) / baseline
+            pull = pull._replace(scale=pull.scale * nmse)
+        shares = [len(part) / sum(map(len, parts)) for part in parts]
+        gradients = pull.gradient.split([len(part) for part in parts])
+        return [
+            pull._replace(gradient=gradient / share)
+            for gradient, share in zip(gradients, shares, strict=True)
+        ]
 
     def set_k(self, k: int) -> None:
         """Choose `k` latents per token from now on (`sae.k_start`)."""
