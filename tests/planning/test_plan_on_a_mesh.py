@@ -15,6 +15,7 @@ import pytest
 from ksparse.config import MeshConfig, Recipe, from_dict, to_dict
 from ksparse.planning.costs import LMSpec, PlanInput, communication
 from ksparse.planning.hardware import DEVICES
+from ksparse.planning.steps import choose_step
 
 STEPS, COMPARED = 4, (1, 2)
 """Steps 2 and 3 are compared: the first and the last also log."""
@@ -27,7 +28,8 @@ CASES = {  # what is changed in the recipe; the share of dead latents that a pla
     ),
     "2 x 2, Multi-TopK": ({"sae.multi_topk": 0.125}, 0.5),
     "1 x 4": ({"mesh.data": 1, "mesh.latent": 4}, 0.5),
-    "4 x 1": ({"mesh.data": 4, "mesh.latent": 1}, 0.5),
+    "1 x 4, in plain torch": ({"mesh.data": 1, "mesh.latent": 4, "run.kernels": "torch"}, 0.5),
+    "4 x 1, preselected": ({"mesh.data": 4, "mesh.latent": 1, "optim.approx_topk": "int8"}, 0.5),
 }
 
 
@@ -110,7 +112,7 @@ def sent(asked, tmp_path_factory):
 def test_a_plan_counts_the_bytes_that_are_sent_by_name(name, asked, sent):
     each = asked[name]
     mesh = MeshConfig(each.mesh.data, each.mesh.latent)
-    step = "autograd" if each.sae.multi_topk else "torch"
+    step = choose_step(each, "cpu", processes=4)
     planned = {
         one.name: one.bytes
         for one in communication(

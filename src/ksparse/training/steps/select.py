@@ -33,9 +33,10 @@ def build_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> Autogra
     if recipe.sae.limits_weights and recipe.run.kernels == "auto":
         log.info("sae.freeze and sae.decoder_cosine_min: the step is taken in plain torch")
     if kind == "triton":
-        return TritonStep(sae, recipe, _prefilter(recipe, lambda: "int8"))
-    if kind == "native":
-        return NativeStep(sae, recipe, _prefilter(recipe, fastest_prefilter))
+        return TritonStep(sae, recipe, _prefilter(recipe, lambda: "int8"), mesh)
+    if kind == "native":  # one choice for all: each process would time the products anew
+        screen = mesh.broadcast_str("prefilter", _prefilter(recipe, fastest_prefilter))
+        return NativeStep(sae, recipe, screen, mesh)
     return (ExplicitStep if kind == "torch" else AutogradStep)(sae, recipe, mesh)
 
 
