@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from ksparse.config import from_dict
 from ksparse.kernels import native
+from ksparse.planning import costs
+from ksparse.planning.hardware import DEVICES
+from ksparse.planning.steps import choose_step
 from ksparse.sae.init import initialize_
 from ksparse.sae.model import Shape
 from ksparse.sae.sharded import new_sae
@@ -70,7 +75,7 @@ def batch(number):
 
 
 def trained(kind, data, latent):
-    """Return of each process (start weights, rows of the first code, tensors, losses, norms)."""
+    """Return of each process (start weights, first latents, tensors, losses, bytes of a step)."""
     asked = recipe(kind, data, latent)
 
     def run(mesh):
@@ -82,16 +87,18 @@ def trained(kind, data, latent):
         rows = []
         for number in range(1, STEPS + 1):
             state.step = number
+            mesh.sent.clear()
             x = batch(number)[mesh.batch_range(B)]
             part, norm = train_step(step, x, state, asked)
             if number == 1:
                 first = part.code.dense(N // latent) > 0
             terms = {name: value.item() for name, value in part.terms.items()}
+            sent = dict(mesh.sent)
             rows.append(terms | {"norm": norm, "l0": l0(part, mesh)})
         average = step.averaged().state_dict()
         tensors = step.tensors() | {f"use.{key}": value for key, value in average.items()}
         tensors["since"] = state.since
-        return start, first, {key: value.clone() for key, value in tensors.items()}, rows
+        return start, first, {key: value.clone() for key, value in tensors.items()}, rows, sent
 
     return on_mesh(data, latent, run)
 
@@ -107,25 +114,20 @@ def joined(parts, latent, whole):
 
 
 @pytest.fixture(scope="module")
-def alone():
-    found = {}
-
-    def get(kind):
-        if kind not in found:
-            found[kind] = trained(kind, 1, 1)[0]
-        return found[kind]
-
-    return get
+def run():
+    """Return run(kind, data, latent): what `trained` returns, once for each of them."""
+    return functools.cache(trained)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mesh_takes_the_steps_of_one_process(kind, mesh, alone):
+def test_a_mesh_takes_the_steps_of_one_process(kind, mesh, run):
     if "compiled" in kind and native.load() is None:
         pytest.skip("no compiler")
     data, latent = mesh
-    start, first, tensors, rows = alone(kind)
-    parts = trained(kind, data, latent)
+    start, first, tensors, rows, sent = run(kind, 1, 1)[0]
+    parts = run(kind, data, latent)
+    assert not sent
     assert torch.equal(
         torch.cat(
             [
@@ -146,3 +148,21 @@ def test_a_mesh_takes_the_steps_of_one_process(kind, mesh, alone):
     for part in parts:
         for one, other in zip(part[3], rows, strict=True):
             assert one == pytest.approx(other, rel=2e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_a_step_are_those_of_the_plan(kind, mesh, run):
+    if "compiled" in kind and native.load() is None:
+        pytest.skip("no compiler")
+    data, latent = mesh
+    asked, parts = recipe(kind, data, latent), run(kind, data, latent)
+    dead = sum((part[2]["since"] >= asked.dead_after).sum().item() for part in parts[:latent]) / N
+    case = costs.PlanInput(
+        asked, costs.LMSpec(D, 0, 0), DEVICES["laptop"], choose_step(asked, "cpu"), dead=dead
+    )
+    planned = {each.name: each.bytes for each in costs.communication(case, asked.mesh)}
+    again, sent = planned.pop("values_again", 0), dict(parts[0][4])
+    assert sent.pop("values_again", 0) <= 4 * again + 4 * 8 * 4  # depends on the data
+    del planned["stop"], planned["block"]  # of the loop around the steps
+    assert sent == planned

@@ -33,8 +33,8 @@ class ShardedSAE(SAE):
         shape: the shape of the shard.
         metadata: metadata of the whole SAE.
         mesh: the processes that share the SAE.
-        capacity: values that a shard offers per token, as a share of k / shards; 0: k, which makes
-            the selection exact.
+        capacity: values that a shard offers per token, as a share of k / shards; 0: as many as an
+            exact selection takes.
     """
 
     def __init__(
