@@ -24,9 +24,9 @@ class Hub:
         with self.lock:
             barrier = self.barriers.setdefault(peers, threading.Barrier(len(peers)))
             self.given[peers, rank] = value
-        barrier.wait(60)
+        barrier.wait(240)
         found = [self.given[peers, peer] for peer in peers]
-        barrier.wait(60)
+        barrier.wait(240)
         return found
 
 

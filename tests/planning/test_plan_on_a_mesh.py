@@ -89,7 +89,7 @@ def sent(asked, tmp_path_factory):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1200,
+        timeout=270,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]

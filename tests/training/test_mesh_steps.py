@@ -37,7 +37,7 @@ KINDS = {
     "compiled, AuxK on a share by batch": NATIVE
     | {"sae": {"auxk_norm": "batch", "auxk_share": 0.4}},
     "Multi-TopK": {"sae": {"multi_topk": 0.125}},
-    "prefixes": {"sae": {"prefixes": [50, 300]}},
+    "prefixes": {"sae": {"prefixes": [50, 200]}},
     "drawn prefixes": {"sae": {"prefix_draws": 3}},
     "BatchTopK": {"sae": {"activation": {"kind": "batch_topk"}}},
     "JumpReLU": {"sae": {"activation": {"kind": "jump_relu", "bandwidth": 0.1}}},

@@ -117,7 +117,7 @@ class ShardedSAE(SAE):
         kept = self._in_parts(self._compared_first, values, k, first)
         again = kept[:, -1].nonzero().squeeze(1)
         kept = kept[:, :-1]
-        if 4 * len(again) > len(values):  # the k largest are not spread evenly
+        if 2 * len(again) > len(values):  # the k largest are not spread evenly
             self._first[k] = first + max(1, first // 2)
         if len(again):
             kept[again] = self._in_parts(self._compared, values[again], k, offer, "values_again")
