@@ -189,7 +189,7 @@ class CheckedTensors:
 class _ReadWhenUsed(Mapping[str, Tensor]):
     """Tensors by name, each of which is read when it is looked up."""
 
-    def __init__(self, readers: dict[str, Callable[[], Tensor]]):
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
         self._readers = readers
 
     def __getitem__(self, key: str) -> Tensor:
