@@ -234,6 +234,11 @@ class RankShape:
         self.auxk_rows = min(self.rows, auxk_tokens(sae, recipe.batch)) if self.dead else 0
         self.k_aux = k_aux(sae, self.d)
 
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients of n x d exist: not with the compiled step, unless they are summed."""
+        return self.step != "native" or self.mesh.data > 1
+
     def _values_per_shard(self, k: int, capacity: float) -> int:
         if self.mesh.latent == 1:
             return k
@@ -302,7 +307,7 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
         "average": 4 * rank.trained if recipe.ema else 0,
         "start values": 4 * rank.held,
         "low-precision copies": _low_precision_copies(case, rank),
-        "gradients": 4 * weights if rank.step != "native" or mesh.data > 1 else 0,
+        "gradients": 4 * weights if rank.holds_gradients else 0,
         "copy for a checkpoint": _checkpoint_copies(case, rank) if host else 0,
         "pre-activations": _pre_acts(case, rank),
         "codes": 12 * rank.rows * rank.active,
@@ -605,7 +610,7 @@ def _update_bytes(case: PlanInput, rank: RankShape) -> int:
     average = 8 if case.recipe.ema else 0
     weight_and_moments = 24 + average  # read and written
     if rank.step == "native":  # summed gradients: written, read for their norm, read
-        return weight_and_moments + (12 if rank.mesh.data > 1 else 0)
+        return weight_and_moments + (12 if rank.holds_gradients else 0)
     if rank.step == "triton":
         return weight_and_moments + 12  # the gradient: written, read for its norm, read
     # The average reads the weight; the gradient: written, its parallel part, norm, Adam; half of
