@@ -1,6 +1,6 @@
 """What a mesh of processes changes: nothing but rounding. Prints tables; `--json FILE` writes the numbers.
 
-    python bench/mesh.py                 200 steps on 4x1, 2x2, 1x4 Gloo processes against one process, TopK and Multi-TopK; checkpoints across meshes
+    python bench/mesh.py                 200 steps on 4x1, 2x2, 1x4 Gloo processes against one process, each kind of step and loss; checkpoints across meshes
     python bench/mesh.py --steps 24      the same, shorter
 
 One process with the rows of each batch in the opposite order is the measure: there too, nothing but the order of sums differs. A token whose k-th
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,30 @@ MESHES = [(4, 1), (2, 2), (1, 4)]
 D, N, K, BATCH = 32, 1024, 8, 256
 ROUNDING = 2e-6  # of a loss
 AUXK_TOKENS = 77  # of a batch, where AuxK's share is 0.3
-KINDS = {
-    "topk": {},
-    "multi_topk": {"multi_topk": 0.125},
-    "batch_norm": {"auxk_norm": "batch", "auxk_share": 0.3},
-    "no_b_enc": {"b_enc": False},
+TORCH, EXACT, INT8 = (
+    {"run.kernels": "torch"},
+    {"run.kernels": "native", "optim.approx_topk": "off"},
+    {"run.kernels": "native", "optim.approx_topk": "int8"},
+)
+AUXK = {"sae.k_aux": 16}
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": TORCH | AUXK,
+    "multi_topk": AUXK | {"sae.multi_topk": 0.125},
+    "batch_norm": TORCH | AUXK | {"sae.auxk_norm": "batch", "sae.auxk_share": 0.3},
+    "no_b_enc": TORCH | AUXK | {"sae.b_enc": False},
+    "native": EXACT | AUXK,
+    "native_int8": INT8 | AUXK,
+    "native_no_clip": INT8 | AUXK | {"optim.clip": 0.0, "sae.b_enc": False},
+    "batch_topk": AUXK | {"sae.activation": {"kind": "batch_topk"}},
+    "jump_relu": AUXK | {"sae.activation": {"kind": "jump_relu"}},
+    "relu": {"sae.activation": {"kind": "relu", "l1": 0.02, "resample": 2}},
+    "gated": {"sae.activation": {"kind": "gated", "l1": 0.02}},
+    "prolu": {"sae.activation": {"kind": "prolu", "l1": 0.02}},
+    "matryoshka": AUXK | {"sae.prefixes": [100, 300]},
+    "drawn_prefixes": AUXK | {"sae.prefix_draws": 3},
 }
+"""Kinds of steps and losses, as keys of a recipe."""
+BRIEF = 4  # steps of the kinds that are done for a few steps alone
 
 
 def recipe(
@@ -44,23 +63,24 @@ def recipe(
     """Return a run whose latents die early, more of them than AuxK takes."""
     from ksparse.config import from_dict
 
-    return from_dict(
-        {
-            "sae": {"n_latents": N, "k": K, "k_aux": 16, "dead_after": BATCH, **KINDS[kind]},
-            "optim": {"lr": 1e-3, "ema": 0.9, "ema_span": 1.0, "clip": 1.0},
-            "tokens": steps * BATCH,
-            "batch": BATCH,
-            "threads": 1,
-            "run": {
-                "device": "cpu",
-                "kernels": "torch",
-                "log_every": 1,
-                "save_every": save_every or steps // 2,
-                "keep": 2,
-            },
-            "mesh": {"data": mesh[0], "latent": mesh[1], "capacity": capacity, "timeout": 60.0},
-        }
-    )
+    table: dict[str, Any] = {
+        "sae": {"n_latents": N, "k": K, "dead_after": BATCH},
+        "optim": {"lr": 1e-3, "ema": 0.9, "ema_span": 1.0, "clip": 1.0},
+        "tokens": steps * BATCH,
+        "batch": BATCH,
+        "threads": 1,
+        "run": {
+            "device": "cpu",
+            "log_every": 1,
+            "save_every": save_every or steps // 2,
+            "keep": 2,
+        },
+        "mesh": {"data": mesh[0], "latent": mesh[1], "capacity": capacity, "timeout": 300.0},
+    }
+    for key, value in KINDS[kind].items():
+        section, _, name = key.partition(".")
+        table[section][name] = value
+    return from_dict(table)
 
 
 class Stream:
@@ -135,9 +155,6 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
 
     from ksparse.training import train, trainer
 
-    gaps: list[float] = []
-    if tuple(task["mesh"]) == (1, 1):
-        watch(gaps)
     asked = recipe(
         task["steps"],
         task["kind"],
@@ -148,11 +165,10 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
     own, out = trainer.train_step, Path(task["out"])
 
     def seen(optimizer: Any, x: Any, state: Any, recipe: Any, dead: Any) -> Any:
-        part, grad_norm = own(optimizer, x, state, recipe, dead)
-        if gaps:
+        if tuple(task["mesh"]) == (1, 1):
             with out.with_name(f"{out.name}.gaps").open("a") as file:
-                file.write(f"{min(gaps)}\n")
-            gaps.clear()
+                file.write(f"{nearest_tie(optimizer.sae, x, recipe, dead.indices(state.since))}\n")
+        part, grad_norm = own(optimizer, x, state, recipe, dead)
         if state.step == 1:
             out.mkdir(parents=True, exist_ok=True)
             first = optimizer.mesh.latent_range(N).start
@@ -192,21 +208,30 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
         trainer.train_step = own
 
 
-def watch(gaps: list[float]) -> None:
-    """Note, at each choice in this process, the smallest difference of the k-th and the next value, relative to the largest."""
-    from ksparse.kernels import torch_ops
+def nearest_tie(sae: Any, x: Any, recipe: Any, dead: Any) -> float:
+    """Return the smallest difference between a value that is kept and one that is not, relative to the largest; 1 where nothing is chosen."""
+    import torch
 
-    own = getattr(torch_ops.topk, "own", torch_ops.topk)
-
-    def noting(pre_acts: Any, k: int) -> Any:
-        if 0 < k < pre_acts.shape[1] and len(pre_acts):
-            best = pre_acts.topk(k + 1, dim=1).values
-            close = ((best[:, -2] - best[:, -1]) / best[:, 0].abs())[best[:, -2] > 0]
-            gaps.extend([close.min().item()] if len(close) else [])
-        return own(pre_acts, k)
-
-    noting.own = own
-    torch_ops.topk = noting
+    kind, options = sae.shape.activation, recipe.sae
+    with torch.no_grad():
+        values = sae.pre_acts_normalized(x)
+        if kind == "jump_relu":
+            return ((values - sae.threshold).abs().min() / values.abs().max()).item()
+        if kind == "batch_topk":
+            chosen = [(values.flatten()[None], len(x) * sae.k)]
+        else:
+            chosen = [(values, sae.k)] if kind == "topk" else []
+        if options.multi_topk:
+            chosen.append((values, 4 * sae.k))
+        if options.uses_auxk:
+            chosen.append((values[:, dead], options.k_aux))
+        gaps = [1.0]
+        for among, k in chosen:
+            if 0 < k < among.shape[1]:
+                best = among.topk(k + 1, dim=1).values
+                close = ((best[:, -2] - best[:, -1]) / best[:, 0].abs())[best[:, -2] > 0]
+                gaps += [close.min().item()] if len(close) else []
+        return min(gaps)
 
 
 def resave(task: dict[str, Any]) -> None:
@@ -233,7 +258,7 @@ def work(tasks: list[dict[str, Any]]) -> None:
     from ksparse.distributed import connect
 
     torch.set_num_threads(1)
-    connect("cpu", 60.0)
+    connect("cpu", 300.0)
     for task in tasks:
         if dist.get_rank() == 0:
             Path(task["out"]).parent.mkdir(parents=True, exist_ok=True)
@@ -245,27 +270,41 @@ def work(tasks: list[dict[str, Any]]) -> None:
 
 def together(tasks: list[dict[str, Any]], processes: int = 4) -> None:
     """Do tasks in several processes of one group; raise RuntimeError, with what they said, where one of them fails."""
+    command = [sys.executable, __file__, "--work", json.dumps(tasks), "--ranks", str(processes)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
+def fork(processes: int, action: Callable[[], None]) -> None:
+    """Do an action in several processes, forked once everything is imported; raise RuntimeError where one of them fails.
+
+    This process must not have computed a gradient before.
+    """
+    import traceback
+
+    import ksparse.training.train  # noqa: F401
+
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "OMP_NUM_THREADS": "1",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--work", json.dumps(tasks)],
-            env=common | {"RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    said = [process.communicate()[1] for process in started]
-    if any(process.returncode for process in started):
-        raise RuntimeError("\n".join(said))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["WORLD_SIZE"] = str(processes)
+    children = []
+    for rank in range(processes):
+        if not (child := os.fork()):
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+            try:
+                action()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        raise RuntimeError("a process failed; what it said stands above")
 
 
 def elastic(task: dict[str, Any], processes: int) -> str:
@@ -380,6 +419,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--brief", nargs="*", default=[], help=f"kinds that take {BRIEF} steps")
     parser.add_argument("--json", default="")
     parser.add_argument(
         "--elastic",
@@ -388,9 +428,11 @@ def main() -> None:
         help="kill a process under torchrun, and go on with other numbers of them",
     )
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        return work(json.loads(options.work))
+        do = lambda: work(json.loads(options.work))  # noqa: E731
+        return fork(options.ranks, do) if options.ranks else do()
     import logging
 
     import torch
@@ -402,9 +444,10 @@ def main() -> None:
     steps, half = options.steps, options.steps // 2
     base = Path(tempfile.mkdtemp(prefix="mesh-"))
     name = lambda *parts: str(base / "-".join(map(str, parts)))  # noqa: E731
+    lengths = dict.fromkeys(options.kinds, steps) | dict.fromkeys(options.brief, BRIEF)
     tasks = [
-        {"kind": kind, "mesh": mesh, "steps": steps, "out": name(kind, *mesh)}
-        for kind in options.kinds
+        {"kind": kind, "mesh": mesh, "steps": length, "out": name(kind, *mesh)}
+        for kind, length in lengths.items()
         for mesh in MESHES
     ]
     for mesh in MESHES:
@@ -439,13 +482,13 @@ def main() -> None:
                 "load": name(options.kinds[0], 2, 2),
             }
         )
-    for kind in options.kinds:
-        train({"kind": kind, "mesh": (1, 1), "steps": steps, "out": name(kind, 1, 1)})
+    for kind, length in lengths.items():
+        train({"kind": kind, "mesh": (1, 1), "steps": length, "out": name(kind, 1, 1)})
         train(
             {
                 "kind": kind,
                 "mesh": (1, 1),
-                "steps": steps,
+                "steps": length,
                 "out": name(kind, "reversed"),
                 "reverse": True,
             }
@@ -453,7 +496,7 @@ def main() -> None:
     together(tasks)
 
     rows = []
-    for kind in options.kinds:
+    for kind in lengths:
         alone, order = name(kind, 1, 1), name(kind, "reversed")
         dead = max(row["dead"] for row in RunFolder(Path(alone)).metrics())
         rows.append({"kind": kind, "mesh": "reversed", **differences(order, alone), "dead": dead})

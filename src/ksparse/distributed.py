@@ -73,6 +73,12 @@ class Mesh:
         for name in ("all", "save"):
             self.groups[name] = dist.new_group(timeout=wait, backend="gloo")
 
+    def close(self) -> None:
+        """Give up the process groups, whose threads would go on polling."""
+        for group in self.groups.values():
+            dist.destroy_process_group(group)
+        self.groups.clear()
+
     @property
     def size(self) -> int:
         """How many processes there are."""
@@ -240,10 +246,13 @@ def open_mesh(recipe: Recipe, device: str) -> Iterator[Mesh]:
         return
     if not initialized:
         connect(device, sizes.timeout)
+    mesh = Mesh(data, sizes.latent, device=device.partition(":")[0], timeout=sizes.timeout)
     try:
-        yield Mesh(data, sizes.latent, device=device.partition(":")[0], timeout=sizes.timeout)
+        yield mesh
     finally:
-        if not initialized:
+        if initialized:
+            mesh.close()
+        else:
             dist.destroy_process_group()
 
 
@@ -301,10 +310,11 @@ def _check_divides(recipe: Recipe, data: int) -> None:
             f"sae.n_latents is {n}, which mesh.latent = {latent} does not divide; give a multiple "
             f"of {latent}"
         )
-    if recipe.sae.k > n // latent:
+    most = max(recipe.sae.k, recipe.sae.k_start)
+    if most > n // latent:
         raise InputError(
-            f"sae.k is {recipe.sae.k}, more than the {n // latent} latents of a shard; give a "
-            "smaller mesh.latent"
+            f"sae.{'k' if most == recipe.sae.k else 'k_start'} is {most}, more than the "
+            f"{n // latent} latents of a shard; give a smaller mesh.latent"
         )
     if recipe.batch % data:
         raise InputError(
@@ -315,31 +325,22 @@ def _check_divides(recipe: Recipe, data: int) -> None:
 
 def _check_several(recipe: Recipe, data: int) -> None:
     """Raise InputError for options that only one process can train with."""
-    if recipe.sae.activation.kind != "topk":
+    sae = recipe.sae
+    if data > 1 and recipe.needs_autograd and sae.uses_auxk and sae.auxk_norm == "batch":
         raise InputError(
-            f"sae.activation.kind is {recipe.sae.activation.kind!r}; several processes can share "
-            "'topk' alone so far; train it in one process"
-        )
-    if data > 1 and recipe.sae.multi_topk and recipe.sae.auxk_norm == "batch":
-        raise InputError(
-            "sae.auxk_norm is 'batch', which with sae.multi_topk is not summed over mesh.data; "
-            "give 'token', or mesh.data 1"
+            "sae.auxk_norm is 'batch', a variance over the batch, which only TopK without "
+            "Multi-TopK and prefixes sums over mesh.data; give 'token', or mesh.data 1"
         )
     if recipe.run.ahead == "on" and not recipe.acts.shards:
         raise InputError(
             "run.ahead is 'on'; several processes compute a block of activations together, between "
             "two steps: leave it at 'auto', or read shards"
         )
-    if (
-        recipe.run.kernels in ("native", "triton")
-        or recipe.optim.approx_topk not in ("off", "auto")
-        or recipe.optim.precision != "float32"
-    ):
+    if recipe.run.kernels == "triton" or recipe.optim.precision != "float32":
         raise InputError(
-            f"run.kernels is {recipe.run.kernels!r}, optim.approx_topk "
-            f"{recipe.optim.approx_topk!r} and optim.precision {recipe.optim.precision!r}; "
-            "several processes take the step in plain torch: leave them at 'auto', 'off' and "
-            "'float32'"
+            f"run.kernels is {recipe.run.kernels!r} and optim.precision "
+            f"{recipe.optim.precision!r}; several processes cannot use the Triton kernels yet: "
+            "leave them at 'auto' and 'float32'"
         )
 
 

@@ -3,6 +3,7 @@ them. Needs no torch."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 PRE_ACTS = 2**27
@@ -40,3 +41,27 @@ def values_per_shard(k: int, n_latents: int, shards: int, capacity: float) -> in
         capacity: `mesh.capacity`, a multiple of k / shards; 0: k, which makes the choice exact.
     """
     return min(k, n_latents, math.ceil(capacity * k / shards) or k)
+
+
+@functools.cache
+def first_offer(k: int, shards: int) -> tuple[int, float]:
+    """Return how many values of a token a shard offers first, and the share of tokens that are then
+    expected to need all of its k, if the k largest fall on the shards at random.
+
+    The number is the one with the fewest values to exchange. A token is settled by the first offers
+    unless a shard has all of them among the k largest, since then it may have more.
+
+    Example:
+        >>> [first_offer(64, shards)[0] for shards in (2, 8, 64)]
+        [42, 17, 7]
+    """
+    share, tail, best = 1 / shards, 0.0, (k, 0.0, float(k))
+    for count in range(k, math.ceil(k / shards) - 1, -1):
+        log = math.lgamma(k + 1) - math.lgamma(count + 1) - math.lgamma(k - count + 1)
+        if shards > 1:
+            log += count * math.log(share) + (k - count) * math.log1p(-share)
+        tail += math.exp(log)
+        again = min(1.0, shards * tail)
+        if count < k and count + again * k < best[2]:
+            best = count, again, count + again * k
+    return best[:2]

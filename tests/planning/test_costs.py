@@ -103,12 +103,9 @@ def test_options_change_the_part_of_the_memory_that_they_say(changes, part, size
     assert costs.memory(case(**changes), MeshConfig()).get(part) == size
 
 
-def test_main_memory_holds_the_whole_sae_at_the_start_and_five_copies_of_a_slice_at_a_checkpoint():
+def test_main_memory_holds_five_copies_of_a_shard_at_a_checkpoint():
     whole, own = 2 * 64 * 16 + 64 + 16, 2 * 32 * 16 + 32 + 16
-    assert costs.main_memory(case(), MeshConfig(2, 2)) == {
-        "at the start": 4 * (whole + 64 * 16),
-        "at a checkpoint": 4 * own * 5,
-    }
+    assert costs.main_memory(case(), MeshConfig(2, 2)) == {"at a checkpoint": 4 * own * 5}
     for step, copies in (("native", 1), ("torch", 0)):  # one process on a CPU waits for it
         assert (
             costs.main_memory(case(DEVICES["laptop"], step=step), MeshConfig())["at a checkpoint"]
@@ -156,7 +153,16 @@ def test_the_collectives_of_2_x_2_are_what_a_hand_counts():
         ({"sae__auxk_norm": "batch"}, "spread", 4 * 16 + 4),
         ({"sae__auxk_share": 0.25}, "recon", 4 * 16 * (32 + 16)),
         ({"acts__shards": "somewhere"}, "block", None),
-        ({"step": "autograd", "sae__multi_topk": 0.125}, "values", 4 * 32 * (4 + 16 + 6)),
+        ({"step": "autograd", "sae__multi_topk": 0.125}, "values", 4 * 32 * (4 + 12 + 6)),
+        ({"step": "autograd", "sae__multi_topk": 0.125}, "values_again", 4 * 2 * 16),
+        ({"step": "native", "optim__approx_topk": "int8"}, "candidates", 8),
+        ({"step": "native"}, "W_enc", 4 * 32 * 16),
+        ({"step": "autograd", "sae__prefixes": [8, 16]}, "recon", 4 * 32 * 16 * 4),
+        ({"step": "autograd", "sae__activation": {"kind": "relu"}}, "penalty", 4),
+        ({"step": "autograd", "sae__activation": {"kind": "gated"}}, "recon", 4 * 32 * 16 * 2),
+        ({"step": "autograd", "sae__activation": {"kind": "gated"}}, "r_mag", 4 * 32),
+        ({"step": "autograd", "sae__activation": {"kind": "jump_relu"}}, "penalty_mean", 4),
+        ({"step": "autograd", "sae__activation": {"kind": "batch_topk"}}, "largest", 12 + 8192),
         ({"step": "autograd", "sae__multi_topk": 0.125}, "b_pre_encoder", 3 * 64),
     ],
 )

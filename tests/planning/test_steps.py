@@ -134,12 +134,20 @@ def test_other_machines_are_planned_with_all_their_kernels(monkeypatch):
     assert choose_step(Recipe(), "cpu", elsewhere=True) == "native"
 
 
-def test_several_processes_take_the_step_in_plain_torch(monkeypatch):
+def test_several_processes_use_the_compiled_kernels_but_not_triton(monkeypatch):
     install(monkeypatch, native_kernels=True, triton=True)
     relu = from_dict(RECIPES["ReLU"])
-    for device in ("cpu", "cuda:3"):
-        assert choose_step(Recipe(), device, processes=4) == "torch"
+    for device, step in (("cpu", "native"), ("cuda:3", "torch")):
+        assert choose_step(Recipe(), device, processes=4) == step
         assert choose_step(relu, device, processes=4) == "autograd"
+    with pytest.raises(InputError, match="optim.approx_topk is 'int8', which needs the compiled"):
+        choose_step(from_dict(RECIPES["int8"]), "cuda:3", processes=4)
+
+
+def test_candidates_are_few_among_the_latents_of_a_shard():
+    few = {"sae": {"n_latents": 512, "k": 4}, "optim": {"approx_topk": "auto"}}
+    recipe = from_dict(few | {"mesh": {"latent": 4}})
+    assert not prefilters(recipe) and prefilters(recipe, 2)
 
 
 def test_auto_preselects_only_where_candidates_are_few_of_the_latents():

@@ -11,8 +11,8 @@ from ksparse.errors import InputError
 from ksparse.sae import serialization
 from ksparse.sae.activations import base, jump_relu
 from ksparse.sae.activations.base import list_columns
-from ksparse.sae.activations.batch_topk import largest_mask
 from ksparse.sae.init import initialize_
+from ksparse.sae.joint import largest_mask
 from ksparse.sae.losses import LossInputs, losses
 from ksparse.sae.model import SAE, Code, Shape
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from ksparse.config import SAEConfig as Options
-from ksparse.sae.init import geometric_median, initialize_
+from ksparse.sae.init import draw_rows_, geometric_median, initialize_
 from ksparse.sae.model import SAE, Shape
 
 
@@ -140,3 +140,36 @@ def test_a_sample_of_zeros_leaves_finite_weights():
         sae, torch.zeros(20, 8), Options(n_latents=48, k=4), torch.Generator().manual_seed(0)
     )
     assert all(torch.isfinite(value).all() for value in sae.parameters())
+
+
+@pytest.mark.parametrize("rows, width", [(48, 8), (37, 5), (7, 3), (1, 3), (100, 33)])
+def test_rows_of_a_shard_are_those_of_one_draw(rows, width, monkeypatch):
+    whole = torch.Generator().manual_seed(3)
+    drawn, after = torch.randn(rows, width, generator=whole), torch.randn(20, generator=whole)
+    for piece in (16, 48, 2**20):
+        monkeypatch.setattr("ksparse.sae.init._PIECE", piece)
+        for first, stop in ((0, rows), (0, rows // 2), (rows // 2, rows), (rows // 3, rows // 2)):
+            generator, part = torch.Generator().manual_seed(3), torch.empty(stop - first, width)
+            draw_rows_(part, first, rows, generator)
+            assert torch.equal(part, drawn[first:stop])
+            assert torch.equal(torch.randn(20, generator=generator), after)
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "independent", "init_scale": "unit"}], ids=str)
+def test_shards_start_as_rows_of_the_whole_to_the_last_bit(options):
+    from ksparse.sae.sharded import new_sae
+
+    from ..mesh_of_threads import on_mesh
+
+    def started(mesh):
+        sae = new_sae(Shape(8, 48, 4, "none"), {}, mesh)
+        draw = torch.Generator().manual_seed(0)
+        initialize_(sae, sample(), Options(n_latents=48, k=4, **options), draw)
+        return sae
+
+    whole = start(**options)
+    for latent in (2, 3, 4, 12):
+        shards = on_mesh(1, latent, started)
+        for name in ("W_enc", "W_dec"):
+            rows = torch.cat([getattr(shard, name) for shard in shards])
+            assert torch.equal(rows, getattr(whole, name))

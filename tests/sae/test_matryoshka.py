@@ -130,16 +130,6 @@ def test_prefixes_that_cannot_be_right_are_refused(sae, said):
         R.Recipe(sae=R.SAEConfig(n_latents=N, k=K, **sae))
 
 
-def test_latents_of_several_processes_have_no_prefixes():
-    sae = R.SAEConfig(n_latents=N, k=K, prefixes=(10,))
-    assert R.Recipe(sae=sae, mesh=R.MeshConfig(data=2)).needs_autograd
-    with pytest.raises(InputError, match="mesh.latent is 2; prefixes of latents"):
-        R.Recipe(sae=sae, mesh=R.MeshConfig(latent=2))
-    by_batch = dataclasses.replace(sae, auxk_norm="batch")
-    with pytest.raises(InputError, match="with prefixes is not summed over mesh.data"):
-        R.Recipe(sae=by_batch, mesh=R.MeshConfig(data=2))
-
-
 @pytest.mark.parametrize("keys", [{"prefixes": (3, 20)}, {"prefix_draws": 3}], ids=str)
 def test_prefixes_survive_toml(keys, tmp_path):
     recipe = R.Recipe(sae=R.SAEConfig(n_latents=N, k=K, prefix_loss="mean", **keys))

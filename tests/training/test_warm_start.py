@@ -12,11 +12,16 @@ import ksparse
 from ksparse.config import SAEConfig, from_dict
 from ksparse.errors import InputError
 from ksparse.kernels import native
+from ksparse.sae.init import initialize_
 from ksparse.sae.model import SAE, Shape
 from ksparse.sae.normalization import normalize
+from ksparse.sae.sharded import new_sae
 from ksparse.training.source import ActivationSource
 from ksparse.training.train import train
 from ksparse.training.trainer import start
+from ksparse.training.warm_start import begin_from_
+
+from ..mesh_of_threads import on_mesh
 
 CPU = torch.device("cpu")
 
@@ -55,6 +60,27 @@ def test_training_begins_with_what_the_parent_computes(kind, small_recipe, tmp_p
     sae, since, raw = begun(recipe_from(small_recipe, tmp_path / "parent", parent))
     torch.testing.assert_close(sae(raw), parent(raw))
     assert not since.any() and sae.metadata["start"]["from"] == str(tmp_path / "parent")
+
+
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "jump_relu", "gated"])
+def test_shards_begin_with_their_rows_of_the_parent(kind, tmp_path):
+    ksparse.save(made(kind), tmp_path / "parent")
+    asked = {"n_latents": 40, "k": 4, "start": str(tmp_path / "parent")}
+    options = from_dict({"sae": asked | {"activation": {"kind": kind}}}).sae
+
+    def begin(mesh):
+        sae = new_sae(Shape(16, 40, 4, activation=kind), {}, mesh)
+        sample = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+        x = normalize(sample, "unit_norm", 1.0).x
+        initialize_(sae, x, options, torch.Generator().manual_seed(0))
+        begin_from_(sae, options, x)
+        return sae.state_dict()
+
+    (whole,), parts = on_mesh(1, 1, begin), on_mesh(1, 4, begin)
+    for key, tensor in whole.items():
+        rows = [part[key] for part in parts]
+        shared = key == "b_pre" or tensor.shape == (1,)
+        torch.testing.assert_close(rows[0] if shared else torch.cat(rows), tensor)
 
 
 def test_a_run_begins_from_another_library_s_file_with_its_error(small_recipe, tmp_path):

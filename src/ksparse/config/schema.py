@@ -517,7 +517,7 @@ class MeshConfig(Config):
     """Shards that the latents are split into (latent parallelism)."""
     capacity: float = 0.0
     """Candidates that each shard of the latents offers per token, as a multiple of k / latent. 0:
-    k, which gives the same selection as one process. Fewer than k, as in the paper, can miss
+    as many as the same selection as that of one process takes. A bound, as in the paper, can miss
     latents where those of a token are concentrated in one shard; the log reports how often."""
     timeout: float = 600.0
     """Seconds that a process waits for the others before the run fails."""
@@ -591,7 +591,6 @@ class Recipe(Config):
                 "optim.decay needs to know where the run ends, which curve.converged leaves open; "
                 "give one of them"
             )
-        _check_prefixes_on_mesh(self)
         _check_lm_loss(self)
         for key, value in flat(dataclasses.asdict(self)).items():
             if isinstance(value, str) and has_lone_surrogate(
@@ -721,22 +720,6 @@ def _check_prefixes(sae: SAEConfig) -> None:
         raise InputError(
             f"sae.prefix_draws is {sae.prefix_draws}; it must be from 0 to "
             f"{sae.n_latents - 1}, below sae.n_latents"
-        )
-
-
-def _check_prefixes_on_mesh(recipe: Recipe) -> None:
-    """Raise InputError for a mesh that cannot train a Matryoshka SAE."""
-    if not recipe.sae.nested_sizes:
-        return
-    if recipe.mesh.latent > 1:
-        raise InputError(
-            f"mesh.latent is {recipe.mesh.latent}; prefixes of latents are of the whole SAE, which "
-            "one process must hold: give mesh.latent 1, or mesh.data"
-        )
-    if recipe.mesh.data != 1 and recipe.sae.auxk_norm == "batch":
-        raise InputError(
-            "sae.auxk_norm is 'batch', which with prefixes is not summed over mesh.data; give "
-            "'token', or mesh.data 1"
         )
 
 

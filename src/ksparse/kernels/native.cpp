@@ -11,6 +11,9 @@
 //   ks_transpose  tokens' latents -> latents' tokens
 //   ks_update     latents' tokens -> both gradient rows of a latent, projection, Adam, unit norm,
 //                 average, quantized copy
+//   ks_reconstruct, ks_slopes
+//                 the two halves of ks_decode, where shards of the latents sum their reconstructions
+//                 in between
 //
 // Every loop is split over threads at fixed borders, so the same number of threads gives the same bits.
 // The file is compiled for the processor that runs it; loops are written so that the compiler can
@@ -314,6 +317,20 @@ void settle(Best& best, Best& chosen, int c, float unit, const float* x, const f
     *spread = (float)std::sqrt(square / std::max(1, best.count));
 }
 
+// Adds a token's decoder rows to out[d], each times its value; values[k] are clamped to >= 0 in place.
+void add_rows(float* out, const float* weight, int64_t d, int k, float* values, const int32_t* indices) {
+    for (int j = 0; j < k; j++) {
+        values[j] = values[j] < 0 ? 0 : values[j];  // a NaN stays one
+        if (j + 1 < k && values[j + 1] > 0) fetch(weight + (int64_t)indices[j + 1] * d, d);
+        if (values[j] != 0) add_scaled(out, values[j], weight + (int64_t)indices[j] * d, d);
+    }
+}
+
+// slopes[k] = <error, row> of each latent whose value is above 0, else 0.
+void take_slopes(const float* error, const float* weight, int64_t d, int k, const float* values, const int32_t* indices, float* slopes) {
+    for (int j = 0; j < k; j++) slopes[j] = values[j] > 0 ? dot(error, weight + (int64_t)indices[j] * d, d) : 0;
+}
+
 // ---- the product of bytes, for processors on which it is the fastest
 //
 // Tokens are 7 bits and a sign, as u = q + 64 >= 0. Latents are bytes, scaled so that in each SPAN of a
@@ -507,15 +524,28 @@ void ks_decode(const float* x, const float* b_pre, const float* weight, int64_t 
         for (int64_t row = begin; row < end; row++) {
             float* e = error + row * d;
             for (int64_t i = 0; i < d; i++) e[i] = b_pre[i] - x[row * d + i];
-            for (int j = 0; j < k; j++) {
-                float& value = values[row * k + j];
-                value = value < 0 ? 0 : value;  // a NaN stays one
-                if (j + 1 < k) fetch(weight + (int64_t)indices[row * k + j + 1] * d, d);
-                if (value != 0) add_scaled(e, value, weight + (int64_t)indices[row * k + j] * d, d);
-            }
+            add_rows(e, weight, d, k, values + row * k, indices + row * k);
             square[row] = dot(e, e, d);
-            for (int j = 0; j < k; j++)
-                slopes[row * k + j] = values[row * k + j] > 0 ? dot(e, weight + (int64_t)indices[row * k + j] * d, d) : 0;
+            take_slopes(e, weight, d, k, values + row * k, indices + row * k, slopes + row * k);
+        }
+    });
+}
+
+// The two halves of ks_decode, for a shard of the latents: values[b, k] (clamped to >= 0 in place) ->
+// recon[b, d], its share of the reconstruction; and error[b, d] of all shards -> square[b], slopes[b, k].
+void ks_reconstruct(const float* weight, int64_t b, int64_t d, int k, float* values, const int32_t* indices, float* recon, int threads) {
+    parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
+        std::fill(recon + begin * d, recon + end * d, 0.f);
+        for (int64_t row = begin; row < end; row++) add_rows(recon + row * d, weight, d, k, values + row * k, indices + row * k);
+    });
+}
+
+void ks_slopes(const float* weight, int64_t b, int64_t d, int k, const float* values, const int32_t* indices, const float* error, float* square,
+               float* slopes, int threads) {
+    parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            square[row] = dot(error + row * d, error + row * d, d);
+            take_slopes(error + row * d, weight, d, k, values + row * k, indices + row * k, slopes + row * k);
         }
     });
 }

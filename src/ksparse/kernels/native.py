@@ -83,6 +83,8 @@ _SYMBOLS = (
     "ks_rescore",
     "ks_screen",
     "ks_decode",
+    "ks_reconstruct",
+    "ks_slopes",
     "ks_transpose",
     "ks_update",
 )
@@ -396,6 +398,47 @@ def decode(
         torch.get_num_threads(),
     )
     return square, slopes
+
+
+def reconstruct(weight: Tensor, values: Tensor, indices: Tensor, recon: Tensor) -> None:
+    """Decode a code by the rows of one shard of the latents.
+
+    Args:
+        weight: [n, d], the shard's decoder.
+        values: [b, k], clamped to >= 0 in place.
+        indices: [b, k]
+        recon: [b, d], written: the shard's share of the reconstruction, without bias.
+    """
+    b, k = values.shape
+    library().ks_reconstruct(
+        pointer(weight),
+        _int(b),
+        _int(weight.shape[1]),
+        k,
+        pointer(values),
+        pointer(indices),
+        pointer(recon),
+        torch.get_num_threads(),
+    )
+
+
+def slopes(weight: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `decode` returns, of an error[b, d] that is known."""
+    b, k = values.shape
+    square, products = error.new_empty(b), error.new_empty(b, k)
+    library().ks_slopes(
+        pointer(weight),
+        _int(b),
+        _int(weight.shape[1]),
+        k,
+        pointer(values),
+        pointer(indices),
+        pointer(error),
+        pointer(square),
+        pointer(products),
+        torch.get_num_threads(),
+    )
+    return square, products
 
 
 def transpose(values: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tensor]:

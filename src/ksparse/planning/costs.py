@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 from ksparse.config import ActsConfig, Config, MeshConfig, Recipe, auxk_tokens, k_aux
 from ksparse.errors import InputError
-from ksparse.limits import COMPARED, PRE_ACTS, SAMPLE, values_per_shard
+from ksparse.limits import COMPARED, PRE_ACTS, SAMPLE, first_offer, values_per_shard
 from ksparse.planning import flops, hardware
 from ksparse.planning.hardware import Device
 from ksparse.planning.steps import StepKind, prefilters
@@ -180,6 +180,29 @@ class StepCost:
         return sum(self.memory.values())
 
 
+class Exchange(NamedTuple):
+    """The values of a code that latent-parallel shards compare: of `tokens`, `first` values each;
+    and of `again` of these tokens, as many as are expected not to be settled, `offer`."""
+
+    tokens: int
+    first: int
+    again: int
+    offer: int
+
+    @classmethod
+    def of(cls, tokens: int, k: int, offer: int, shards: int) -> Exchange:
+        """Return what is exchanged to find the k largest, where a shard has `offer` values."""
+        first, share = first_offer(k, shards)
+        if offer < k or first >= offer:
+            return cls(tokens, offer, 0, offer)
+        return cls(tokens, first, round(share * tokens), offer)
+
+    @property
+    def values(self) -> int:
+        """Values that a rank gives."""
+        return self.tokens * self.first + self.again * self.offer
+
+
 class RankShape:
     """The sizes of the first rank of a mesh, which has the largest part of everything.
 
@@ -191,6 +214,8 @@ class RankShape:
         held: those of them whose start values are kept.
         ks: k of each code that is computed: the SAE's, and Multi-TopK's.
         offers: values of a token that the rank contributes to the global top k, for each of `ks`.
+        active: values of a token in all codes.
+        parts: parts of the batch that autograd takes one after the other.
         dead: dead latents.
         auxk_rows: tokens that AuxK is computed on.
     """
@@ -205,15 +230,26 @@ class RankShape:
         frozen = {"none": 0, "decoder": self.n * self.d, "encoder": self.n * (self.d + 1)}
         self.trained = self.weights - frozen[sae.freeze]
         self.held = self.n * self.d if sae.decoder_cosine_min else 0
-        # Several processes take the step in plain torch, as `choose_step` has it.
-        self.step = "torch" if self.ranks > 1 and case.step != "autograd" else case.step
+        # Several processes use no Triton, as `choose_step` has it.
+        self.step = "torch" if self.ranks > 1 and case.step == "triton" else case.step
+        self.explicit = self.step != "autograd"
+        self.prefilters = self.step in ("triton", "native") and prefilters(recipe, mesh.latent)
         self.ks = [sae.k, 4 * sae.k] if sae.multi_topk else [sae.k]
+        if sae.activation.kind != "topk":
+            self.ks = []  # every latent decides alone, or the batch does
         self.offers = [self._values_per_shard(k, recipe.mesh.capacity) for k in self.ks]
+        self.active = sum(self.offers) or min(sae.k, self.n)
+        self.parts = math.ceil(self.rows / max(1, PRE_ACTS // self.n))
         self.auxk = sae.uses_auxk
         self.dead = round(case.dead * self.n) if self.auxk else 0
         # AuxK's tokens are the batch's first, which the first ranks have.
         self.auxk_rows = min(self.rows, auxk_tokens(sae, recipe.batch)) if self.dead else 0
         self.k_aux = k_aux(sae, self.d)
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients of n x d exist: not with the compiled step, unless they are summed."""
+        return self.step != "native" or self.mesh.data > 1
 
     def _values_per_shard(self, k: int, capacity: float) -> int:
         if self.mesh.latent == 1:
@@ -221,17 +257,19 @@ class RankShape:
         return values_per_shard(k, self.n, self.mesh.latent, capacity)
 
     @property
-    def exchanged(self) -> list[tuple[int, int]]:
-        """(tokens, values of each token) that shards exchange for each code; codes that keep all
-        contributed values exchange none."""
+    def exchanged(self) -> list[Exchange]:
+        """What shards exchange for each code; codes that keep all contributed values exchange
+        none."""
         latent = self.mesh.latent
-        codes = [(self.rows, offer) for k, offer in zip(self.ks, self.offers) if offer * latent > k]
+        codes = [
+            Exchange.of(self.rows, k, offer, latent)
+            for k, offer in zip(self.ks, self.offers)
+            if offer * latent > k
+        ]
         offer = min(self.k_aux, self.dead)
-        compared = (
-            self.k_aux < self.dead * latent if self.step == "torch" else offer * latent > self.k_aux
-        )
+        compared = self.k_aux < self.dead * latent if self.explicit else offer * latent > self.k_aux
         auxk = self.auxk_rows and compared and offer * latent > self.k_aux
-        return codes + ([(self.auxk_rows, offer)] if auxk else [])
+        return codes + ([Exchange.of(self.auxk_rows, self.k_aux, offer, latent)] if auxk else [])
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -274,22 +312,22 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
     """Return the bytes of one rank's device, by part."""
     recipe, rank = case.recipe, RankShape(case, mesh)
     weights, d, acts, host = rank.weights, rank.d, case.recipe.acts, case.card.host
-    most_exchanged = max((rows * offer for rows, offer in rank.exchanged), default=0)
+    most_exchanged = max((each.tokens * each.first for each in rank.exchanged), default=0)
     parts = {
         "weights": 4 * weights,
         "moments": 8 * rank.trained,
         "average": 4 * rank.trained if recipe.ema else 0,
         "start values": 4 * rank.held,
         "low-precision copies": _low_precision_copies(case, rank),
-        "gradients": 4 * weights if rank.step != "native" else 0,
+        "gradients": 4 * weights if rank.holds_gradients else 0,
         "copy for a checkpoint": _checkpoint_copies(case, rank) if host else 0,
         "pre-activations": _pre_acts(case, rank),
-        "codes": 12 * rank.rows * sum(rank.offers),
+        "codes": 12 * rank.rows * rank.active,
         "values of all slices": COMPARED_BYTES * min(COMPARED, mesh.latent * most_exchanged)
         if mesh.latent > 1
         else 0,
         "batch": (24 if _reads_bfloat16(case, rank) else 20) * rank.rows * d,
-        "gathered rows": 4 * min(rank.rows, GATHERED) * max(rank.offers) * d
+        "gathered rows": 4 * min(rank.rows, GATHERED) * max(rank.offers, default=rank.active) * d
         if rank.step == "torch" and not host
         else 0,
         # dead rows of both matrices and of both gradients, and two products
@@ -311,13 +349,9 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
 
 
 def main_memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
-    """Return the bytes that a rank needs in main memory for a short time: the whole SAE and its
-    random rows at the start, and the copies of a checkpoint."""
-    rank = RankShape(case, mesh)
-    return {
-        "at the start": 4.0 * (case.parameters + case.recipe.sae.n_latents * rank.d),
-        "at a checkpoint": float(_checkpoint_copies(case, rank)),
-    }
+    """Return the bytes that a rank needs in main memory for a short time: the copies of a
+    checkpoint."""
+    return {"at a checkpoint": float(_checkpoint_copies(case, RankShape(case, mesh)))}
 
 
 class SAEMemory(NamedTuple):
@@ -400,7 +434,7 @@ def _low_precision_copies(case: PlanInput, rank: RankShape) -> float:
     """Return the bytes of the copies of the weights that preselection and the sparse parts read."""
     matrix, bfloat16 = rank.n * rank.d, _reads_bfloat16(case, rank)
     sparse = 4 * matrix if bfloat16 else 0  # both matrices
-    if rank.step not in ("triton", "native") or not prefilters(case.recipe):
+    if not rank.prefilters:
         return sparse
     if case.recipe.optim.approx_topk == "bfloat16":
         return sparse or 2 * matrix
@@ -449,34 +483,45 @@ def communication(case: PlanInput, mesh: MeshConfig) -> list[Collective]:
 
 def _forward_calls(case: PlanInput, rank: RankShape) -> list[Collective]:
     """Return the collectives of the codes, the reconstructions and the losses."""
-    d, explicit, latent = rank.d, rank.step == "torch", rank.mesh.latent
+    d, explicit, latent = rank.d, rank.explicit, rank.mesh.latent
     values = [
-        4 * offer * tokens
-        for rows, offer in rank.exchanged
-        for tokens in _comparison_chunks(rows, offer * latent)
+        4 * each.first * tokens
+        for each in rank.exchanged
+        for tokens in _comparison_chunks(each.tokens, each.first * latent)
     ]
-    recons = [4 * rows * d for rows in (*[rank.rows] * len(rank.ks), rank.auxk_rows)]
+    again = [4 * each.again * each.offer for each in rank.exchanged]
     sae = case.recipe.sae
-    terms = 2 + bool(sae.multi_topk) + sae.uses_auxk  # the total and each term of the loss
+    kind, prefixes = sae.activation.kind, len(sae.prefixes) or sae.prefix_draws
+    codes = max(1, len(rank.ks)) + prefixes + (kind == "gated")
+    recons = [4 * rows * d for rows in (*[rank.rows] * codes, rank.auxk_rows)]
+    # the total, the error, and each further term of the loss
+    terms = 2 + bool(sae.multi_topk) + sae.uses_auxk + (len(sae.prefixes) or bool(prefixes))
+    terms += (kind not in ("topk", "batch_topk")) + (kind == "gated")
     losses = [8] * (2 if rank.dead else 1) if explicit else [4 * terms]
     by_batch = explicit and rank.dead and case.recipe.sae.auxk_norm == "batch"
     return [
         _call("all_gather", "latent", "counts", 8 if rank.auxk else 0),
         _call("all_gather", "latent", "values", *values),
+        _call("all_gather", "latent", "values_again", *again),
+        *_activation_calls(kind, rank),
         _call("all_reduce", "latent", "recon", *recons),
         _call("all_reduce", "data", "loss", *losses),
         _call("all_reduce", "data", "spread", *([4 * d, 4] if by_batch else [])),
         _call("all_reduce", "all", "finite", 8 if explicit else 0),
+        _call("all_reduce", "all", "candidates", 8 if rank.prefilters else 0),
     ]
 
 
 def _gradient_calls(case: PlanInput, rank: RankShape) -> list[Collective]:
     """Return the collectives of the gradients and their norm."""
-    n, d, explicit = rank.n, rank.d, rank.step == "torch"
+    n, d, explicit = rank.n, rank.d, rank.explicit
     # Autograd sums b_pre's gradient for each code of each part of the batch.
-    parts = 1 if explicit else math.ceil(rank.rows / max(1, PRE_ACTS // n))
-    codes = 1 if explicit else (len(rank.ks) + (1 if rank.auxk_rows else 0)) * parts
+    codes = max(1, len(rank.ks)) + (1 if rank.auxk_rows else 0)
+    codes = 1 if explicit else codes * rank.parts
+    own = {"jump_relu": ["threshold"], "gated": ["r_mag", "b_mag"]}
+    tensors = own.get(case.recipe.sae.activation.kind, [])
     return [
+        *(_call("all_reduce", "data", name, 4 * n) for name in tensors),
         _call("all_reduce", "data", "W_enc", 4 * n * d),
         _call("all_reduce", "data", "W_dec", 4 * n * d),
         _call("all_reduce", "data", "b_enc", 4 * n if explicit or case.recipe.sae.b_enc else 0),
@@ -484,6 +529,21 @@ def _gradient_calls(case: PlanInput, rank: RankShape) -> list[Collective]:
         _call("all_reduce", "latent", "b_pre_encoder", *[4 * d] * codes),
         _call("all_reduce", "latent", "norm", 8),
     ]
+
+
+def _activation_calls(kind: str, rank: RankShape) -> list[Collective]:
+    """Return the collectives that an activation needs besides those of the values: BatchTopK's
+    largest values, found in four rounds of 256 counts, and the penalties of others."""
+    parts = rank.parts
+    if kind == "batch_topk":  # before them how many values are above a guess; the smallest one kept
+        return [
+            _call("all_reduce", "all", "largest", *[8, *[8 * 256] * 4] * parts, 4),
+            _call("all_gather", "all", "ties", *[8] * parts),
+        ]
+    if kind == "topk":
+        return []
+    mean = _call("all_reduce", "data", "penalty_mean", *[4] * parts if kind == "jump_relu" else [])
+    return [_call("all_reduce", "latent", "penalty", *[4] * parts), mean]
 
 
 def _comparison_chunks(rows: int, values: int) -> list[int]:
@@ -526,7 +586,7 @@ def seconds(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
     parts = {
         "encoder product": 2 * rank.rows * rank.n * d / product,
         "selection": _selection_bytes(case, rank) / stream,
-        "sparse parts": 4 * rank.rows * sum(rank.offers) * d * reads / gather,
+        "sparse parts": 4 * rank.rows * rank.active * d * reads / gather,
         "AuxK": 5 * 2 * rank.auxk_rows * rank.dead * d / (hardware.PRODUCT * card.float32),
         "Adam, norms, average": 2 * rank.n * d * _update_bytes(case, rank) / stream,
         "LM": case.lm_flops * lm_tokens / lm,
@@ -538,10 +598,8 @@ def seconds(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
 def _product_is_bfloat16(case: PlanInput, rank: RankShape) -> bool:
     """Return whether the encoder product runs at the speed of bfloat16. int8 does on a GPU, where
     selection limits it to about that speed."""
-    if not prefilters(case.recipe):
-        return False
-    return rank.step == "triton" or (
-        rank.step == "native" and case.recipe.optim.approx_topk == "bfloat16"
+    return rank.prefilters and (
+        rank.step == "triton" or case.recipe.optim.approx_topk == "bfloat16"
     )
 
 
@@ -552,7 +610,7 @@ def _selection_bytes(case: PlanInput, rank: RankShape) -> float:
         return 2 * _pre_acts(case, rank)
     passes = 2 if case.card.host else 3 + TOPK_PASSES
     compared = (
-        rank.mesh.latent * sum(rows * offer for rows, offer in rank.exchanged)
+        rank.mesh.latent * sum(each.values for each in rank.exchanged)
         if rank.mesh.latent > 1
         else 0
     )
@@ -563,8 +621,8 @@ def _update_bytes(case: PlanInput, rank: RankShape) -> int:
     """Return the bytes that an update reads and writes for each number of the weight matrices."""
     average = 8 if case.recipe.ema else 0
     weight_and_moments = 24 + average  # read and written
-    if rank.step == "native":
-        return weight_and_moments
+    if rank.step == "native":  # summed gradients: written, read for their norm, read
+        return weight_and_moments + (12 if rank.holds_gradients else 0)
     if rank.step == "triton":
         return weight_and_moments + 12  # the gradient: written, read for its norm, read
     # The average reads the weight; the gradient: written, its parallel part, norm, Adam; half of

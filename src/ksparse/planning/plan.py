@@ -286,6 +286,7 @@ def tables(plan: RunPlan) -> list[str]:
         ("the run", [format_duration(tokens / cost.tokens_per_s) for cost in meshes]),
         ("most latents that fit", [f"{costs.largest(case, cost.devices):,}" for cost in meshes]),
     ]
+    several = "plain torch" if case.step == "triton" else case.step
     memory = _rows_by_name([cost.memory for cost in meshes], format_bytes)
     main_memory = _rows_by_name([cost.main_memory for cost in meshes], format_bytes)
     lines = [
@@ -293,7 +294,7 @@ def tables(plan: RunPlan) -> list[str]:
         f"TFLOP/s float32, {card.bfloat16 / 1e12:,.4g} bfloat16, "
         f"{card.bandwidth / 1e9:,.0f} GB/s; {card.per_node} to a node, {card.link / 1e9:,.4g} GB/s "
         f"there and {card.network / 1e9:,.4g} between nodes, each way",
-        f"a step       {case.step} on one device, plain torch on several; {case.dead:.0%} of the "
+        f"a step       {case.step} on one device, {several} on several; {case.dead:.0%} of the "
         "latents dead",
         "",
         *_align(rows),

@@ -30,7 +30,7 @@ def choose_step(
     Args:
         recipe: what to train.
         device: a device as torch names it, such as "cpu" or "cuda:1".
-        processes: how many processes share the run; several take a step in plain torch.
+        processes: how many processes share the run; several use no Triton.
         elsewhere: the device is in another machine, where all kernels for it are installed.
 
     Raises:
@@ -43,10 +43,12 @@ def choose_step(
     """
     device_type = device.partition(":")[0]
     explicit = not recipe.needs_autograd and not recipe.sae.limits_weights
-    if processes > 1:
-        return _step_in_torch(recipe, device_type)
     kernels = recipe.run.kernels
-    triton = explicit and (device_type == "cuda" if elsewhere else triton_is_usable(device))
+    triton = (
+        explicit
+        and processes == 1
+        and (device_type == "cuda" if elsewhere else triton_is_usable(device))
+    )
     _check_triton(recipe, triton)
     bfloat16 = recipe.optim.precision != "float32"
     if bfloat16 or kernels == "triton" or (kernels == "auto" and device_type == "cuda" and triton):
@@ -111,14 +113,19 @@ def triton_is_usable(device: str) -> bool:
     return triton_ops.usable(torch.device(device))
 
 
-def prefilters(recipe: Recipe) -> bool:
+def prefilters(recipe: Recipe, shards: int = 0) -> bool:
     """Return whether candidates are preselected in low precision, by a step that can do it.
 
-    `optim.approx_topk = "auto"` does so only where candidates are few among the latents; elsewhere
-    they would save nothing.
+    `optim.approx_topk = "auto"` does so only where candidates are few among the latents of a
+    process; elsewhere they would save nothing.
+
+    Args:
+        recipe: the recipe.
+        shards: into how many shards the latents are split; 0: `mesh.latent`.
     """
     screen, sae = recipe.optim.approx_topk, recipe.sae
-    return screen != "off" and (screen != "auto" or sae.n_latents >= 64 * sae.k)
+    latents = sae.n_latents // (shards or recipe.mesh.latent)
+    return screen != "off" and (screen != "auto" or latents >= 64 * sae.k)
 
 
 def prefetches(recipe: Recipe, device: str) -> bool:

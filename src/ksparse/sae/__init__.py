@@ -8,7 +8,8 @@
 | normalization | raw activations to the SAE's inputs, and reconstructions back |
 | init | start values of the weights |
 | losses, terms | the training loss as named terms |
-| sharded | `ShardedSAE`: one shard of an SAE whose latents are split over processes |
+| sharded | `ShardedSAE`: an SAE that several processes share |
+| joint | what they compute together: nothing, for an SAE of one process |
 | serialization | saving and loading an SAE's folder |
 | tensor_files | tensors of safetensors files, checked before they are used |
 | ranges | the range of each latent's values |

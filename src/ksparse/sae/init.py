@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,10 @@ from ksparse.sae.model import SAE
 
 _PRE_ACTS = 2**24  # pre-activations computed to scale the encoder, at most
 _SCALE_TOKENS = 1024  # activations on which the encoder is scaled, at most
+_PIECE = 2**20  # numbers drawn at a time
+_UNIT = 16
+"""torch draws normal numbers in units of 16: a long draw in pieces of whole units has the same
+bits, and so has its last piece where it is not shorter than one."""
 
 
 @torch.no_grad()
@@ -29,8 +35,11 @@ def initialize_(
     measures this on random unit vectors; the data are closer to what counts.) The activation sets
     its own tensors last.
 
+    A shard gets the rows that it has in the whole SAE, of which no process holds more. So that the
+    scale, too, has the same bits on every mesh, it is rounded to 14 of them.
+
     Args:
-        sae: the SAE.
+        sae: the SAE, or one shard of it.
         sample: normalised activations [s, d].
         options: the section `sae` of the recipe.
         generator: source of the random directions, on the CPU.
@@ -40,20 +49,55 @@ def initialize_(
     sae.b_pre.copy_(center(sample, options.b_pre_init) if b_pre is None else b_pre)
     for tensor in (sae.b_enc, *activation.parameters(), *activation.buffers()):
         tensor.zero_()
-    sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
+    first, n = sae.joint.first_latent, sae.joint.latents(sae.shape.n_latents)
+    draw_rows_(sae.W_dec, first, n, generator)
     sae.normalize_decoder_()
     if options.init == "tied":
         sae.W_enc.copy_(sae.W_dec)
     else:
-        rows = torch.randn(sae.W_enc.shape, generator=generator)
-        sae.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True))
+        draw_rows_(sae.W_enc, first, n, generator)
+        sae.W_enc.div_(sae.W_enc.norm(dim=1, keepdim=True))
     if options.init_scale == "recon":
-        rows = sample[: max(1, min(_SCALE_TOKENS, _PRE_ACTS // sae.shape.n_latents))]
+        rows = sample[: max(1, min(_SCALE_TOKENS, _PRE_ACTS // n))]
         input_norm = (rows - sae.b_pre).norm(dim=1).mean()
         recon_norm = sae.decoder(activation.start_code(sae, rows)).norm(dim=1).mean()
         if recon_norm > 0:
-            sae.W_enc.mul_(input_norm / recon_norm)
+            mantissa, exponent = math.frexp(float(input_norm / recon_norm))
+            sae.W_enc.mul_(math.ldexp(round(mantissa * 2**14), exponent - 14))
     activation.start_(sae, sample)
+
+
+@torch.no_grad()
+def draw_rows_(out: Tensor, first: int, rows: int, generator: torch.Generator) -> None:
+    """Fill out[m, d] with rows first to first + m of the numbers torch.randn(rows, d) in place. The
+    generator moves past all of them, and none but those of `out` are held.
+
+    Args:
+        out: the rows wanted, on any device.
+        first: the number of the first of them.
+        rows: how many rows the whole has.
+        generator: the source, on the CPU.
+
+    Example:
+        >>> import torch
+        >>> whole = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+        >>> part = torch.empty(2, 5)
+        >>> draw_rows_(part, 3, 6, torch.Generator().manual_seed(0))
+        >>> torch.equal(part, whole[3:5])
+        True
+    """
+    width = out.shape[1]
+    total, flat = rows * width, out.view(-1)
+    begin = first * width
+    buffer, at = torch.empty(min(total, _PIECE + _UNIT)), 0
+    while at < total:
+        left = total - at
+        size = left if left < _PIECE + _UNIT else _PIECE
+        drawn = buffer[:size].normal_(generator=generator)
+        low, high = max(at, begin), min(at + size, begin + flat.numel())
+        if low < high:
+            flat[low - begin : high - begin] = drawn[low - at : high - at].to(out)
+        at += size
 
 
 def center(sample: Tensor, kind: str) -> Tensor:

@@ -203,8 +203,9 @@ def prefix_reconstructions(sae: SAE, code: Code, sizes: Sequence[int]) -> list[T
         A reconstruction [b, d] for each size, b_pre included.
     """
     recons, recon = [], sae.b_pre.expand(len(code.values), -1)
+    numbers = code.indices + sae.joint.first_latent
     for start, stop in itertools.pairwise((0, *sizes)):
-        places, mask = list_columns((code.indices >= start) & (code.indices < stop))
+        places, mask = list_columns((numbers >= start) & (numbers < stop))
         group = Code(code.values.gather(1, places) * mask, code.indices.gather(1, places))
         recon = recon + sae.decoder(group)
         recons.append(recon)

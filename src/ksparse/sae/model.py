@@ -23,6 +23,7 @@ from ksparse.sae.activations import ACTIVATIONS, build_activation
 from ksparse.sae.code import Code as Code
 from ksparse.sae.code import RawCode as RawCode
 from ksparse.sae.code import TextCode as TextCode
+from ksparse.sae.joint import Joint
 from ksparse.sae.normalization import KINDS, PER_ACTIVATION, Normalized, input_rms, normalize
 
 _LEAST_FACTOR = 1e-30  # beyond it or its inverse, float32 activations become 0 or infinity
@@ -112,6 +113,7 @@ class SAE(nn.Module):
         self.shape, self.metadata = shape, dict(metadata or {})
         self.source: Path | None = None
         """The folder it was loaded from, with results beside it if that is a run's."""
+        self.joint = Joint()
         n, d = shape.n_latents, shape.d_model
         self.W_enc = nn.Parameter(torch.zeros(n, d))
         self.b_enc = nn.Parameter(torch.zeros(n))
@@ -329,7 +331,7 @@ class SAE(nn.Module):
 
     def products(self, x: Tensor) -> Tensor:
         """Return W_enc (x - b_pre) as [b, n], with gradient."""
-        return (x - self.b_pre) @ self.W_enc.t()
+        return (x - self.joint.b_pre(self.b_pre)) @ self.W_enc.t()
 
     @torch.no_grad()
     def pre_acts_normalized(self, x: Tensor) -> Tensor:

@@ -319,6 +319,8 @@ def _add(parts: dict[str, list[StoredTensor]], file: Path, at: int, rows: slice)
         key: stored.shape[0] for key, (stored, _) in tensors.items() if by_rows(key, stored.shape)
     }
     count = max(lengths.values(), default=0)
+    # BatchTopK's one threshold of all latents
+    lengths = {key: length for key, length in lengths.items() if length == count or length > 1}
     other = [key for key, length in lengths.items() if length != count]
     if other:
         raise CorruptError(

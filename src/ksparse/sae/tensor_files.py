@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,16 +119,18 @@ class CheckedTensors:
         self,
         shapes: Mapping[str, tuple[int, ...]],
         counts: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """Return exactly the tensors named in `shapes`, as float32, and `counts`, as int64. Names,
-        shapes and types are checked before any tensor is read."""
+        shapes and types are checked now; a tensor is read each time that it is looked up, so that
+        no more than one need be in memory."""
         counts = counts or {}
         for key, shape in {**shapes, **counts}.items():
             self._check(key, shape, INTEGERS if key in counts else FLOATS)
         self.finish({*shapes, *counts})
-        return {key: self.take(key, *shape) for key, shape in shapes.items()} | {
-            key: self.counts(key, *shape) for key, shape in counts.items()
-        }
+        return _ReadWhenUsed(
+            {key: partial(self.take, key, *shape) for key, shape in shapes.items()}
+            | {key: partial(self.counts, key, *shape) for key, shape in counts.items()}
+        )
 
     def finish(self, ignored: Collection[str] = ()) -> None:
         """Raise for tensors that were neither taken nor are named in `ignored`."""
@@ -181,6 +184,25 @@ class CheckedTensors:
                 f"{str(stored.dtype).removeprefix('torch.')}, expected "
                 f"{', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
             )
+
+
+class _ReadWhenUsed(Mapping[str, Tensor]):
+    """Tensors by name, each of which is read when it is looked up."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
+        self._readers = readers
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._readers[key]()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
 
 
 def safetensors_file(file: Path, error: type[InputError] = InputError) -> CheckedTensors:

@@ -36,25 +36,30 @@ def resample_dead(
         sae: the SAE.
         x: normalised activations [b, d].
         code: their code.
-        dead: indices of the dead latents [m].
+        dead: indices of the dead latents [m], of this shard.
         seed: seed of the draw.
 
     Returns:
         {tensor name: rows [m, ...]}; None if no latent is dead or there is no error.
     """
-    error = (x - sae.decode_normalized(code)).square().sum(1).double().cpu()
-    if not len(dead) or not error.sum() > 0:
+    errors = (x - sae.decode_normalized(code)).square().sum(1).double()
+    error, (number, before) = sae.joint.of_batch(errors).cpu(), sae.joint.place(dead)
+    if not number or not error.sum() > 0:
         return None
     drawn = torch.multinomial(
         error,
-        len(dead),
-        replacement=len(dead) > int((error > 0).sum()),
+        number,
+        replacement=number > int((error > 0).sum()),
         generator=torch.Generator().manual_seed(seed),
-    )
-    directions = torch.nn.functional.normalize(x[drawn.to(x.device)] - sae.b_pre, dim=1)
+    )[before : before + len(dead)]
+    rows = sae.joint.rows_of_batch(x, drawn.to(x.device))
+    directions = torch.nn.functional.normalize(rows - sae.b_pre, dim=1)
     alive = torch.ones(len(sae.W_enc), dtype=torch.bool, device=x.device)
     alive[dead] = False
-    size = sae.W_enc[alive if alive.any() else ~alive].norm(dim=1).mean()
+    norms = sae.W_enc.norm(dim=1).double()
+    sums = [norms[alive].sum(), alive.sum().to(norms), norms.sum(), norms.new_tensor(len(norms))]
+    living, count, whole, latents = sae.joint.sum("resampled", torch.stack(sums)).tolist()
+    size = living / count if count else whole / latents
     zeros = {
         name: torch.zeros_like(weight[dead])
         for name, weight in (("b_enc", sae.b_enc), *sae.activation.named_parameters())

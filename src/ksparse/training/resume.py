@@ -64,8 +64,7 @@ from ksparse.config import Recipe, differences
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.errors import CorruptError, InputError
 from ksparse.sae import serialization
-from ksparse.sae.model import SAE
-from ksparse.sae.sharded import ShardedSAE, shard_shape
+from ksparse.sae.sharded import new_sae
 from ksparse.sae.tensor_files import CheckedTensors
 from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder
@@ -131,13 +130,7 @@ def restore(
         return None
     path = run.checkpoint(step)
     shape, metadata = serialization.read_shape(path)
-    sae = (
-        SAE(shape, metadata)
-        if mesh.latent == 1
-        else ShardedSAE(
-            shard_shape(shape, mesh), metadata, mesh=mesh, capacity=recipe.mesh.capacity
-        )
-    )
+    sae = new_sae(shape, metadata, mesh, recipe.mesh.capacity)
     optimizer = build_step(sae.to(device), recipe, mesh)
     state = load(path, optimizer)
     if state.mesh == [mesh.data, mesh.latent]:

@@ -30,8 +30,8 @@ from ksparse.lm.provenance import describe_lm
 from ksparse.planning import flops
 from ksparse.sae.init import initialize_
 from ksparse.sae.losses import Losses
-from ksparse.sae.model import SAE, Shape
-from ksparse.sae.sharded import ShardedSAE, shard_of
+from ksparse.sae.model import Shape
+from ksparse.sae.sharded import ShardedSAE, new_sae
 from ksparse.storage.run_folder import RunFolder
 from ksparse.training import checkpoint, convergence, warm_start
 from ksparse.training.checkpoint import TrainState
@@ -279,19 +279,14 @@ def start(
         "dead_after": recipe.dead_after,
         "ksparse": version("ksparse"),
     }
-    sae = SAE(shape, metadata)
-    if mesh.latent == 1:  # else the whole SAE may be too large for one device
-        sae = sae.to(source.device)
+    sae = new_sae(shape, metadata, mesh, recipe.mesh.capacity).to(source.device)
     sample, b_pre = calibration.x.to(sae.W_enc.device), source.center(recipe.sae.b_pre_init)
     initialize_(sae, sample, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=b_pre)
-    since = torch.zeros(recipe.sae.n_latents, dtype=torch.long, device=source.device)
+    since = torch.zeros(sae.shape.n_latents, dtype=torch.long, device=source.device)
     if recipe.sae.start:
         sae.metadata["start"] = parent = warm_start.begin_from_(sae, recipe.sae, sample)
         if recipe.sae.uses_auxk:  # what the parent lacks is revived at once
-            since[parent["n_latents"] :] = recipe.dead_after
-    if mesh.latent > 1:
-        since = since[mesh.latent_range(recipe.sae.n_latents)].clone()
-    sae = shard_of(sae, mesh, recipe.mesh.capacity).to(source.device)
+            since[max(0, parent["n_latents"] - sae.joint.first_latent) :] = recipe.dead_after
     log.info(
         "learning rate %.2g (%s); latents are dead after %s tokens",
         recipe.lr,
@@ -434,7 +429,7 @@ def metrics(
         **terms,
     } | (
         {"capacity_used_up": optimizer.sae.exhausted / max(1, optimizer.sae.offers)}
-        if recipe.mesh.capacity and isinstance(optimizer.sae, ShardedSAE)
+        if recipe.mesh.capacity and isinstance(optimizer.sae, ShardedSAE) and mesh.latent > 1
         else {}
     )
 

@@ -33,7 +33,7 @@ def begin_from_(sae: SAE, options: SAEConfig, sample: Tensor) -> dict[str, Any]:
     """Give an initialized SAE the weights of `options.start`, in place.
 
     Args:
-        sae: the SAE as `initialize_` leaves it.
+        sae: the SAE as `initialize_` leaves it, or one shard of it.
         options: the section `sae` of the recipe.
         sample: normalised activations [s, d].
 
@@ -77,10 +77,10 @@ def _check_sizes(sae: SAE, parent: SAE, options: SAEConfig) -> None:
             f"sae.start = {options.start} takes activations of width {have.d_model}, those of this "
             f"recipe have {want.d_model}; give an SAE of the same LM and site"
         )
-    if have.n_latents > want.n_latents:
+    if have.n_latents > options.n_latents:
         raise InputError(
             f"sae.start = {options.start} has {have.n_latents:,} latents, sae.n_latents is "
-            f"{want.n_latents:,}; give at least as many"
+            f"{options.n_latents:,}; give at least as many"
         )
     if not options.b_enc and parent.b_enc.any():
         raise InputError(
@@ -144,17 +144,25 @@ def _unit_rows(parent: SAE, options: SAEConfig) -> SAE:
 @torch.no_grad()
 def _copy_(sae: SAE, parent: SAE) -> None:
     """Write the parent's tensors into the first rows; those of another activation are left out."""
-    theirs, n = parent.state_dict(), parent.shape.n_latents
+    theirs, first = parent.state_dict(), sae.joint.first_latent
+    rows = slice(first, first + sae.shape.n_latents)
     if parent.shape.activation != sae.shape.activation:
         theirs = {key: theirs[key] for key in ("W_enc", "W_dec", "b_enc", "b_pre")}
     for key, tensor in sae.state_dict().items():
         if key in theirs:
-            (tensor if key == "b_pre" else tensor[:n]).copy_(theirs[key])
+            mine = theirs[key] if _shared(key, tensor) else theirs[key][rows]
+            tensor[: len(mine)].copy_(mine)
+
+
+def _shared(key: str, tensor: Tensor) -> bool:
+    """Return whether a tensor is one for all latents."""
+    return key == "b_pre" or tensor.shape == (1,)
 
 
 @torch.no_grad()
 def _quieten_(sae: SAE, options: SAEConfig, first: int, sample: Tensor) -> None:
-    """Keep the latents from `first` on from firing until they are revived."""
+    """Keep the latents from number `first` on from firing until they are revived."""
+    first = max(0, first - sae.joint.first_latent)
     sae.W_enc[first:].mul_(QUIET)
     if options.activation.REVIVAL == "auxk":
         return

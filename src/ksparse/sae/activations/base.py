@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ksparse import kernels
 from ksparse.config.activations import ActivationOptions
 from ksparse.sae.code import Code
+from ksparse.sae.joint import Joint
 from ksparse.sae.terms import LossTerm
 
 SPARSE_RATIO = 8
@@ -34,6 +35,7 @@ class Host(Protocol):
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     b_pre: nn.Parameter
+    joint: Joint
 
     @property
     def k(self) -> int: ...
@@ -162,7 +164,7 @@ class Activation(nn.Module, Generic[Options_co]):
         products = sae.products(x)
         listed = self._list_trainable(sae, x, products)
         values = self.values(sae, listed)
-        recon = listed.decode_without_bias(values, sae.W_dec) + sae.b_pre
+        recon = sae.joint.sum("recon", listed.decode_without_bias(values, sae.W_dec)) + sae.b_pre
         pre_acts = None
         if self.options.REVIVAL == "auxk":
             pre_acts = products.detach() + sae.b_enc.detach()
@@ -177,7 +179,7 @@ class Activation(nn.Module, Generic[Options_co]):
             return SparsePreActs(products, None, mask)
         indices, mask = list_columns(mask, width)
         selected = kernels.selected_pre_acts(
-            x, sae.b_pre, sae.W_enc, None, indices, products.detach()
+            x, sae.joint.b_pre(sae.b_pre), sae.W_enc, None, indices, products.detach()
         )
         return SparsePreActs(selected, indices, mask)
 
@@ -216,10 +218,11 @@ class Activation(nn.Module, Generic[Options_co]):
     def constrain_(self) -> None:
         """Bring its tensors back into their domain after a step, in place."""
 
-    def follow_(self, code: Code, updates: int) -> None:
+    def follow_(self, sae: Host, code: Code, updates: int) -> None:
         """Update its followed statistics from the code of a step, in place.
 
         Args:
+            sae: the SAE that holds it.
             code: the code of the step's batch, without gradient.
             updates: number of updates, this one included.
         """
@@ -268,16 +271,16 @@ def l1_penalty(paid: Tensor, x: Tensor) -> Tensor:
 
 def threshold_for(sae: Host, x: Tensor) -> float:
     """Return the value above which k latents are active on average on normalised activations
-    x[b, d]; 0 if fewer are positive."""
-    count = len(x) * sae.k
+    x[b, d], on a mesh on those of all processes; 0 if fewer are positive."""
+    most = sae.joint.tokens(len(x)) * sae.k + 1
     top = x.new_empty(0)
     for part in x.split(max(1, _PRE_ACTS // len(sae.b_enc))):
         values = torch.cat([top, sae.pre_acts_normalized(part).flatten()])
-        top = values.topk(min(len(values), count + 1)).values
-    return max(0.0, top[-2:].mean().item()) if len(top) > count else 0.0
+        top = values.topk(min(len(values), most)).values
+    return sae.joint.border(top, most - 1)
 
 
 def start_threshold(sae: Host, sample: Tensor) -> float:
     """Return the threshold at which k latents are active on average, on at most 2^24
     pre-activations of a sample."""
-    return threshold_for(sae, sample[: max(1, _PRE_ACTS // len(sae.b_enc))])
+    return threshold_for(sae, sample[: max(1, _PRE_ACTS // sae.joint.latents(len(sae.b_enc)))])

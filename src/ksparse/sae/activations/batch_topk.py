@@ -33,8 +33,7 @@ class BatchTopK(Rectified[BatchTopKConfig]):
         return products + sae.b_enc > self.threshold.clamp_min(0)
 
     def trainable_mask(self, sae: Host, products: Tensor) -> Tensor:
-        guess = self.threshold.item() / 2
-        return largest_mask(products + sae.b_enc, len(products) * sae.k, guess=guess)
+        return sae.joint.kept(products + sae.b_enc, sae.k, guess=self.threshold.item() / 2)
 
     @torch.no_grad()
     def start_(self, sae: Host, sample: Tensor) -> None:
@@ -44,31 +43,13 @@ class BatchTopK(Rectified[BatchTopKConfig]):
         return sae.code(x, sae.pre_acts_normalized(x))
 
     @torch.no_grad()
-    def follow_(self, code: Code, updates: int) -> None:
-        if len(fired := code.values[code.values > 0]):
+    def follow_(self, sae: Host, code: Code, updates: int) -> None:
+        fired = code.values[code.values > 0]
+        least = sae.joint.least(fired.min() if len(fired) else fired.new_tensor(torch.inf))
+        if torch.isfinite(least):
             share = max(1 / updates, 1 - self.options.threshold_decay)
-            self.threshold.lerp_(fired.min(), share)
+            self.threshold.lerp_(least, share)
 
     @torch.no_grad()
     def calibrate_(self, sae: Host, x: Tensor) -> None:
-        self.threshold.fill_(threshold_for(sae, x[:CALIBRATION_TOKENS]))
-
-
-def largest_mask(pre_acts: Tensor, count: int, guess: float = 0.0) -> Tensor:
-    """Return where pre_acts[b, n] has its `count` largest values above 0, as bool[b, n]; fewer
-    where fewer are above 0.
-
-    Args:
-        pre_acts: values [b, n].
-        count: how many to keep.
-        guess: a value thought to be below them. It changes the time, never the result.
-    """
-    flat = pre_acts.flatten()
-    above = (flat > max(0.0, guess)).nonzero().squeeze(1)
-    if len(above) < count and guess > 0:
-        above = (flat > 0).nonzero().squeeze(1)
-    if len(above) > count:
-        above = above[flat[above].topk(count, sorted=False).indices]
-    mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
-    mask[above] = True
-    return mask.view(pre_acts.shape)
+        self.threshold.fill_(threshold_for(sae, sae.joint.first(x, CALIBRATION_TOKENS)))

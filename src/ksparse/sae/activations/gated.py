@@ -48,11 +48,13 @@ class Gated(Activation[GatedConfig]):
             return {}
         terms, listed = {}, result.listed
         if self.options.l1:
-            penalty = self.options.l1 * l1_penalty(self.gates(sae, listed), x)
+            paid = l1_penalty(self.gates(sae, listed), x)
+            penalty = sae.joint.sum("penalty", self.options.l1 * paid)
             terms["penalty"] = LossTerm(penalty, penalty_share)
         # The gates are not shared with the penalty: the order in which gradients add up, and with
         # it the last bit of every run, would change.
-        decoded = listed.decode_without_bias(self.gates(sae, listed), sae.W_dec.detach())
+        share = listed.decode_without_bias(self.gates(sae, listed), sae.W_dec.detach())
+        decoded = sae.joint.sum("recon", share)
         error = (decoded + sae.b_pre.detach() - x).square().mean()
         return terms | {"gate_error": LossTerm(error, self.options.aux, baseline)}
 

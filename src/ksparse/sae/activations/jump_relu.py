@@ -54,7 +54,8 @@ class JumpReLU(Activation[JumpReLUConfig]):
         """Return coef times L0 / k, or its squared distance to 1."""
         if result.listed is None:
             return {}
-        ratio = self.count(sae, result.listed).mean() / sae.k
+        active = sae.joint.sum("penalty", self.count(sae, result.listed).mean())
+        ratio = sae.joint.mean("penalty_mean", active) / sae.k
         excess = (ratio - 1) ** 2 if self.options.penalty == "target" else ratio
         return {"penalty": LossTerm(self.options.coef * excess, penalty_share)}
 

@@ -30,7 +30,8 @@ class ProLU(Activation[ProLUConfig]):
         """Return l1 times the values."""
         if not self.options.l1:
             return {}
-        penalty = self.options.l1 * l1_penalty(result.code.values, x)
+        paid = l1_penalty(result.code.values, x)
+        penalty = sae.joint.sum("penalty", self.options.l1 * paid)
         return {"penalty": LossTerm(penalty, penalty_share)}
 
     def positive_values(self, sae: Host, x: Tensor) -> Tensor:

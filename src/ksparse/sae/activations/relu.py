@@ -38,4 +38,5 @@ class ReLU(Rectified[ReLUConfig]):
         paid = result.code.values
         if self.options.penalty == "decoder_norm":
             paid = paid * result.listed.gather(sae.W_dec.norm(dim=1))
-        return {"penalty": LossTerm(self.options.l1 * l1_penalty(paid, x), penalty_share)}
+        penalty = sae.joint.sum("penalty", self.options.l1 * l1_penalty(paid, x))
+        return {"penalty": LossTerm(penalty, penalty_share)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -221,7 +221,7 @@ class AutogradStep:
         """Update what the activation follows, and resample dead latents if this step does."""
         if self.activation.followed:
             self.batch = x
-            self.activation.follow_(code, self.updates)
+            self.activation.follow_(self.sae, code, self.updates)
         if resampling(self.updates, self.recipe):
             new_rows = resample_dead(self.sae, x, code, dead, step_seed(self.updates, self.recipe))
             for key, rows in (new_rows or {}).items():
@@ -298,7 +298,7 @@ class AutogradStep:
         return out
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Restore what `tensors` returned, after that many updates."""
         self.updates = updates
         self.settled = {

@@ -134,7 +134,7 @@ class ExplicitStep(AutogradStep):
     ) -> tuple[Tensor, Tensor]:
         """Return the part of a shard's code [b, <= k] that is among the k largest of all shards,
         narrowed to the widest token, with 0 elsewhere."""
-        if not isinstance(self.sae, ShardedSAE):
+        if not (isinstance(self.sae, ShardedSAE) and self.mesh.latent > 1):
             return values, indices
         kept, values, indices = compact(
             self.sae.survivors(values, k, self.sae.offer(k, among)), values, indices
@@ -153,11 +153,12 @@ class ExplicitStep(AutogradStep):
         sae = self.sae
         product = self._buffer("product", (len(centred), sae.shape.n_latents))
         torch.mm(centred, sae.W_enc.detach().t(), out=product)
-        return self._select_topk(
-            product,
-            sae.b_enc.detach(),
-            sae.offer(sae.shape.k) if isinstance(sae, ShardedSAE) else sae.shape.k,
-        )
+        return self._select_topk(product, sae.b_enc.detach(), self._offered())
+
+    def _offered(self) -> int:
+        """Return how many latents are chosen for each token among those of this process."""
+        sae = self.sae
+        return sae.offer(sae.shape.k) if isinstance(sae, ShardedSAE) else sae.shape.k
 
     def _select_topk(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return values and indices of the k largest of product + bias; the product may be
@@ -306,41 +307,44 @@ class ExplicitStep(AutogradStep):
             Their norm before clipping; NaN if they are not finite.
         """
         sae, pending, mesh = self.sae, self._take_pending(), self.mesh
-        aux = pending.aux
         if not pending.finite:
             return math.nan
-        n = sae.shape.n_latents
-        grad_values, values = pending.grad_values * pending.scale, pending.values * pending.scale
-        csc = torch_ops.sort_by_latent(pending.indices, n)
-        sae.W_enc.grad = torch_ops.scatter_transposed(
-            csc, grad_values, pending.centred, out=self._gradient("W_enc")
-        )
-        if aux is not None:
-            sae.W_enc.grad.index_add_(0, aux.latents, aux.enc)
-        sums = [
-            mesh.start_all_reduce_sum("W_enc", sae.W_enc.grad, "data")
-        ]  # runs while the decoder's is computed
-        sae.W_dec.grad = torch_ops.scatter_transposed(
-            csc, values, pending.error, out=self._gradient("W_dec")
-        )
-        g_bias = torch_ops.scatter_sum(csc, grad_values)
-        radial_grad = torch_ops.scatter_sum(
-            csc, values * pending.grad_values
-        )  # <gradient, decoder row>, already available
-        if aux is not None:
-            sae.W_dec.grad.index_add_(0, aux.latents, aux.dec)
-            g_bias.index_add_(0, aux.latents, aux.bias)
-            radial_grad.index_add_(0, aux.latents, (aux.dec * sae.W_dec[aux.latents]).sum(1))
-        if self.recipe.sae.unit_norm:
-            sae.W_dec.grad.addcmul_(sae.W_dec, radial_grad[:, None], value=-1)
-        sums.append(mesh.start_all_reduce_sum("W_dec", sae.W_dec.grad, "data"))
-        mesh.all_reduce_sum("b_enc", g_bias, "data")
+        sae.W_enc.grad, sae.W_dec.grad, g_bias = self._summed_gradients(pending)
         sae.b_pre.grad = mesh.all_reduce_sum(
             "b_pre", pending.scale * pending.error.sum(0), "data"
         ) - mesh.all_reduce_sum("b_pre_encoder", g_bias @ sae.W_enc, "latent")
         sae.b_enc.grad = g_bias if self.recipe.sae.b_enc else None
-        for wait in sums:
-            wait()
         for key in self.frozen:
             getattr(sae, key).grad = None
         return clip_(sae, self.recipe.optim.clip, mesh)
+
+    def _summed_gradients(self, pending: SparseGrads) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of W_enc [n, d], W_dec [n, d] without the part along its rows, and
+        b_enc [n], summed over the parts of the batch."""
+        sae, aux, mesh = self.sae, pending.aux, self.mesh
+        grad_values, values = pending.grad_values * pending.scale, pending.values * pending.scale
+        csc = torch_ops.sort_by_latent(pending.indices, sae.shape.n_latents)
+        enc = torch_ops.scatter_transposed(
+            csc, grad_values, pending.centred, out=self._gradient("W_enc")
+        )
+        if aux is not None:
+            enc.index_add_(0, aux.latents, aux.enc)
+        sums = [
+            mesh.start_all_reduce_sum("W_enc", enc, "data")
+        ]  # runs while the decoder's is computed
+        dec = torch_ops.scatter_transposed(csc, values, pending.error, out=self._gradient("W_dec"))
+        bias = torch_ops.scatter_sum(csc, grad_values)
+        radial_grad = torch_ops.scatter_sum(
+            csc, values * pending.grad_values
+        )  # <gradient, decoder row>, already available
+        if aux is not None:
+            dec.index_add_(0, aux.latents, aux.dec)
+            bias.index_add_(0, aux.latents, aux.bias)
+            radial_grad.index_add_(0, aux.latents, (aux.dec * sae.W_dec[aux.latents]).sum(1))
+        if self.recipe.sae.unit_norm:
+            dec.addcmul_(sae.W_dec, radial_grad[:, None], value=-1)
+        sums.append(mesh.start_all_reduce_sum("W_dec", dec, "data"))
+        mesh.all_reduce_sum("b_enc", bias, "data")
+        for wait in sums:
+            wait()
+        return enc, dec, bias

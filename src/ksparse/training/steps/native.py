@@ -15,7 +15,11 @@ from ksparse.training.steps.prefilter import PrefilteredStep, int8_kind
 
 class NativeStep(PrefilteredStep):
     """`PrefilteredStep` by the compiled kernels, on a CPU: each latent's gradient rows are built,
-    applied and dropped in one pass."""
+    applied and dropped in one pass.
+
+    Where the batch is split over processes the rows are built by torch and summed first; the pass
+    then applies them as it does AuxK's.
+    """
 
     def _product_kind(self, screen: str) -> int:
         return int8_kind() if screen == "int8" else super()._product_kind(screen)
@@ -31,10 +35,9 @@ class NativeStep(PrefilteredStep):
 
     def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sae, bias, weight = self.sae, self.sae.b_enc.detach(), self.sae.W_enc.detach()
+        k = self._offered()
         if self.kind == native.PANELS and self.low_scale is not None:
-            return native.candidates(
-                self.low, self.low_scale, bias, centred, weight, sae.shape.k, c
-            )
+            return native.candidates(self.low, self.low_scale, bias, centred, weight, k, c)
         low, scale = native.quantize(centred, self.kind)
         product = self._buffer(
             "low",
@@ -44,17 +47,22 @@ class NativeStep(PrefilteredStep):
         torch._int_mm(low, self.low.t(), out=product) if self.kind == 1 else torch.mm(
             low, self.low.t(), out=product
         )
-        return native.rerank(product, scale, self.low_scale, bias, centred, weight, sae.shape.k, c)
+        return native.rerank(product, scale, self.low_scale, bias, centred, weight, k, c)
 
     def _select_topk(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if not k:  # a shard without dead latents
+            return super()._select_topk(product, bias, k)
         return native.select(product, bias, k)
 
     def _decode(
         self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return native.decode(
-            x, self.sae.b_pre.detach(), self.sae.W_dec.detach(), values, indices, error
-        )
+        b_pre, rows = self.sae.b_pre.detach(), self.sae.W_dec.detach()
+        if self.mesh.latent == 1:
+            return native.decode(x, b_pre, rows, values, indices, error)
+        native.reconstruct(rows, values, indices, error)
+        self.mesh.all_reduce_sum("recon", error, "latent").add_(b_pre).sub_(x)
+        return native.slopes(rows, values, indices, error)
 
     # ---- the pass over the rows
 
@@ -68,14 +76,37 @@ class NativeStep(PrefilteredStep):
         pending, options = self._take_pending(), self.recipe.optim
         if not pending.finite:
             return math.nan
+        if self.mesh.data > 1:
+            pending = self._summed(pending)
         csc = native.transpose(pending.values, pending.indices, self.sae.shape.n_latents)
-        clip = 1.0
-        if options.clip:
-            norm, _ = self._pass(pending, csc, step, apply=False)
-            clip = min(1.0, options.clip / (norm + 1e-6))
-        norm, pull = self._pass(pending, csc, step, apply=True, clip=clip)
-        self._finish_step(pull * clip, step)
+        errors = pending.scale * pending.error.sum(0)
+        self.mesh.all_reduce_sum("b_pre", errors, "data")
+        if not options.clip:
+            norm, gradient = self._joint(errors, *self._pass(pending, csc, step, apply=True))
+            self._finish_step(gradient, step)
+            return norm
+        norm, gradient = self._joint(errors, *self._pass(pending, csc, step, apply=False))
+        clip = min(1.0, options.clip / (norm + 1e-6))
+        self._pass(pending, csc, step, apply=True, clip=clip)
+        self._finish_step(gradient * clip, step)
         return norm
+
+    def _joint(self, errors: Tensor, square: Tensor, pull: Tensor) -> tuple[float, Tensor]:
+        """Return the gradient's norm over all shards, and b_pre's gradient [d], from what `_pass`
+        found on this one and the scaled sum of the errors [d]."""
+        self.mesh.all_reduce_sum("norm", square, "latent")
+        gradient = errors - self.mesh.all_reduce_sum("b_pre_encoder", pull, "latent")
+        return math.sqrt(square.item() + gradient.double().square().sum().item()), gradient
+
+    def _summed(self, pending: SparseGrads) -> SparseGrads:
+        """Return the gradient summed over the parts of the batch, as rows of all latents."""
+        enc, dec, bias = self._summed_gradients(pending)
+        latents = torch.arange(self.sae.shape.n_latents)
+        return pending._replace(
+            values=pending.values[:0],
+            indices=pending.indices[:0],
+            aux=AuxGrads(latents, dec, enc, bias),
+        )
 
     def _pass(
         self,
@@ -85,11 +116,12 @@ class NativeStep(PrefilteredStep):
         *,
         apply: bool,
         clip: float = 1.0,
-    ) -> tuple[float, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Make one pass over the latents, which updates their rows if `apply`.
 
         Returns:
-            The gradient's norm, and b_pre's gradient [d].
+            The squared norm of the gradients of W_enc, W_dec and b_enc, in float64; and the sum [d]
+            of encoder rows, each times the gradient of its bias.
         """
         sae, recipe, threads = self.sae, self.recipe, torch.get_num_threads()
         n, d = sae.shape.n_latents, sae.shape.d_model
@@ -102,7 +134,7 @@ class NativeStep(PrefilteredStep):
         native.library().ks_update(
             ctypes.c_int64(n),
             ctypes.c_int64(d),
-            sae.shape.k,
+            pending.values.shape[1],
             *map(native.pointer, (*sparse, sae.b_pre.detach())),
             ctypes.c_float(pending.scale),
             *map(native.pointer, aux),
@@ -120,8 +152,7 @@ class NativeStep(PrefilteredStep):
             native.pointer(pull),
             threads,
         )
-        gradient = pending.scale * pending.error.sum(0) - pull.sum(0)
-        return math.sqrt(norms.sum().item() + gradient.double().square().sum().item()), gradient
+        return norms.sum(), pull.sum(0)
 
     def _matrix(self, key: str) -> native.Matrix:
         weight = getattr(self.sae, key)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ksparse.config import Recipe
+from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.kernels import native
+from ksparse.sae.losses import Losses
 from ksparse.sae.model import SAE
 from ksparse.training.steps.autograd import rate_share
 from ksparse.training.steps.explicit import PIECE, ExplicitStep
@@ -107,8 +109,8 @@ class PrefilteredStep(ExplicitStep, ABC):
     patience: ClassVar[int] = 100
     """The number of candidates grows once more than 1 / patience of the tokens are recomputed."""
 
-    def __init__(self, sae: SAE, recipe: Recipe, screen: str = "off"):
-        super().__init__(sae, recipe)
+    def __init__(self, sae: SAE, recipe: Recipe, screen: str = "off", mesh: Mesh = SINGLE_PROCESS):
+        super().__init__(sae, recipe, mesh)
         self.screen, self.kind = screen, self._product_kind(screen)
         self.redone = self.screened = 0  # tokens
         self.candidates = sae.shape.k + max(16, int(sae.shape.k * MORE.get(self.kind, 0)))
@@ -147,7 +149,7 @@ class PrefilteredStep(ExplicitStep, ABC):
             {"screen.candidates": torch.tensor(self.candidates)} if self.kind else {}
         )
 
-    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         super().restore(tensors, updates)
         if (
             "screen.candidates" in tensors
@@ -156,6 +158,12 @@ class PrefilteredStep(ExplicitStep, ABC):
         for state in self.adam.state.values():
             state["step"] = state["step"].cpu()  # read without waiting for the device
         self._quantize()
+
+    def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
+        losses = super().backward(x, baseline=baseline, dead=dead, k_aux=k_aux)
+        if self.kind:  # one number for all shards, since a checkpoint holds one
+            (self.candidates,) = self.mesh.all_reduce_max_ints("candidates", [self.candidates])
+        return losses
 
     def _choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         return self._choose_prefiltered(centred) if self.kind else self._choose_exact(centred)
@@ -192,26 +200,30 @@ class PrefilteredStep(ExplicitStep, ABC):
 
     @torch.no_grad()
     def audit(self, x: Tensor) -> dict[str, float]:
-        """Compare the prefilter's selection with the exact one on x[b, d].
+        """Compare the prefilter's selection with the exact one on x[b, d], of each process among
+        its own latents.
 
         Returns:
             Metrics by name: the shares of latents and of tokens that differ, and the share of all
-            tokens so far that were recomputed.
+            tokens so far that were recomputed; on a mesh, the means of all processes.
         """
         if not self.kind:
             return {}
         before = self.screened, self.redone, self.candidates
         centred = x - self.sae.b_pre.detach()
-        (_, chosen), (_, exact) = self.choose(centred), self._choose_exact(centred)
+        (_, chosen), (_, exact) = self._choose(centred), self._choose_exact(centred)
         self.screened, self.redone, self.candidates = before
         n = self.sae.shape.n_latents
         row = torch.arange(len(x), device=x.device)[:, None] * n
         missed = ~torch.isin(exact + row, chosen + row)
-        return {
+        found = {
             "screen_latents_wrong": missed.float().mean().item(),
             "screen_tokens_wrong": missed.any(1).float().mean().item(),
             "screen_redone": self.redone / max(1, self.screened),
         }
+        shares = torch.tensor(list(found.values()), dtype=torch.float64)
+        means = self.mesh.all_reduce_sum("audit", shares, "all") / self.mesh.size
+        return dict(zip(found, means.tolist()))
 
     # ---- what the pass over the rows leaves to do
 

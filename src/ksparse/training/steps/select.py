@@ -17,6 +17,9 @@ from ksparse.training.steps.triton import TritonStep
 
 log = logging.getLogger("ksparse")
 
+KINDS: tuple[steps.StepKind, ...] = ("triton", "native", "torch", "autograd")
+"""The steps, the fastest first."""
+
 
 def build_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> AutogradStep:
     """Return the step of a recipe for an SAE.
@@ -30,12 +33,16 @@ def build_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> Autogra
         InputError: if the recipe asks for kernels or a precision that the device cannot run.
     """
     kind = steps.choose_step(recipe, str(sae.W_enc.device), processes=mesh.size)
+    # all take the step that each can take: a machine may have no compiler
+    (slowest,) = mesh.all_reduce_max_ints("kernels", [KINDS.index(kind)])
+    kind = KINDS[slowest]
     if recipe.sae.limits_weights and recipe.run.kernels == "auto":
         log.info("sae.freeze and sae.decoder_cosine_min: the step is taken in plain torch")
     if kind == "triton":
-        return TritonStep(sae, recipe, _prefilter(recipe, lambda: "int8"))
-    if kind == "native":
-        return NativeStep(sae, recipe, _prefilter(recipe, fastest_prefilter))
+        return TritonStep(sae, recipe, _prefilter(recipe, lambda: "int8"), mesh)
+    if kind == "native":  # one choice for all: each process would time the products anew
+        screen = mesh.broadcast_str("prefilter", _prefilter(recipe, fastest_prefilter))
+        return NativeStep(sae, recipe, screen, mesh)
     return (ExplicitStep if kind == "torch" else AutogradStep)(sae, recipe, mesh)
 
 

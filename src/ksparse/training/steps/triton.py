@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from types import ModuleType
 from typing import ClassVar
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ksparse.config import Recipe
+from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.kernels import triton_candidates, triton_ops
 from ksparse.sae.model import SAE
 from ksparse.training.steps.async_copy import copy_async, true_positions
@@ -42,8 +44,8 @@ class TritonStep(PrefilteredStep):
     # a product in float32 without tensor cores costs more than a few candidates of each token
     patience = 5000
 
-    def __init__(self, sae: SAE, recipe: Recipe, kind: str = "off"):
-        super().__init__(sae, recipe, kind)
+    def __init__(self, sae: SAE, recipe: Recipe, kind: str = "off", mesh: Mesh = SINGLE_PROCESS):
+        super().__init__(sae, recipe, kind, mesh)
         self.again = 0
         """Tokens of the batch that are recomputed unconditionally: at least one in `patience`, and
         twice as many as were uncertain the last time."""
@@ -54,7 +56,7 @@ class TritonStep(PrefilteredStep):
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | ({"screen.again": torch.tensor(self.again)} if self.kind else {})
 
-    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         super().restore(tensors, updates)
         self.again = int(tensors.get("screen.again", 0))
 
