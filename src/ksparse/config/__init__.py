@@ -6,6 +6,7 @@ schema        Recipe and its sections
 serialize     recipes as TOML and as dictionaries
 keywords      recipes from a file, a dictionary or flat keywords
 evaluation    EvalConfig and StudyConfig
+planted       activations made of known features
 """
 
 from ksparse.config.activations import (
@@ -21,6 +22,7 @@ from ksparse.config.activations import (
 )
 from ksparse.config.keywords import recipe_of
 from ksparse.config.options import LARGEST, Config, check_fields, flat, preview
+from ksparse.config.planted import Planted
 from ksparse.config.schema import (
     CONTROLS,
     ActsConfig,
@@ -60,6 +62,7 @@ __all__ = [
     "JumpReLUConfig",
     "MeshConfig",
     "OptimConfig",
+    "Planted",
     "ProLUConfig",
     "ReLUConfig",
     "Recipe",

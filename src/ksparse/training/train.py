@@ -64,7 +64,7 @@ def train(
         out: the run's folder; runs/HASH by default, with a hash of the recipe.
         data: activations to train on in place of an LM's: a numpy array or torch tensor [rows, d],
             an iterator of them, which is written to the run's folder first, or a folder or file
-            (docs/own-activations.md).
+            (docs/own-activations.md); or known features, `ksparse.config.Planted` (docs/kinds.md).
         observe: called with each row of metrics.
         trust_remote_code: allow code that comes with the LM to run, during this call.
         progress: show how far it is on standard error: a bar on a terminal, one line in a notebook,

@@ -272,6 +272,8 @@ def start(
         "dead_after": recipe.dead_after,
         "ksparse": version("ksparse"),
     }
+    if shape.normalize == "none":
+        metadata["input_rms"] = calibration.x.cpu().double().square().mean().sqrt().item()
     sae = SAE(shape, metadata)
     if mesh.latent == 1:  # else the whole SAE may be too large for one device
         sae = sae.to(source.device)

@@ -18,7 +18,6 @@ from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.limits import PRE_ACTS
 from ksparse.sae.losses import Losses, LossInputs, losses
 from ksparse.sae.model import SAE, Code
-from ksparse.sae.normalization import input_rms
 from ksparse.training.resample import resample_dead, resampling
 
 FROZEN: dict[str, tuple[str, ...]] = {
@@ -44,7 +43,7 @@ class AutogradStep:
         self.activation = sae.activation.configured(recipe.sae.activation)
         # Adam's steps are absolute and biases live on the scale of the input, so their rate is in
         # its unit: training is then the same whichever normalisation fixes that scale.
-        biases = recipe.lr * input_rms(sae.shape.normalize, sae.shape.d_model)
+        biases = recipe.lr * sae.input_rms
         self.frozen = FROZEN[recipe.sae.freeze]
         for key, weight in sae.named_parameters():
             weight.requires_grad_(key not in self.frozen and (key != "b_enc" or recipe.sae.b_enc))
