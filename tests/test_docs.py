@@ -141,6 +141,11 @@ def test_the_example_with_activations_from_anywhere_runs(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "mine" / "acts" / "00000.safetensors").is_file()
 
 
+def test_the_example_with_planted_features_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks("docs/kinds.md"), "docs/kinds.md", "exec"), {})
+
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:^|`|-m )ksparse ([a-z]+)((?: [^`\n]*)?)", re.MULTILINE)
 
@@ -274,6 +279,7 @@ def test_formats_that_are_only_read_are_in_the_docs():
         "docs/formats.md",
         "docs/glossary.md",
         "docs/interop.md",
+        "docs/kinds.md",
         "docs/metrics.md",
         "docs/paper.md",
         "docs/scaling-out.md",

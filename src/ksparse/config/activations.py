@@ -213,18 +213,23 @@ class JumpReLUConfig(ActivationOptions):
     """target: coef x (L0 / k - 1)^2, so that training aims at an L0 of sae.k. l0: coef x L0 / k."""
     coef: float = 1.0
     """Weight of the penalty."""
-    bandwidth: float = 0.001
-    """Width of the window around a threshold within which it gets a gradient, for inputs of norm 1
-    (the original's); it scales with the norm of the input."""
+    bandwidth: float = 0.03
+    """Width of the window around a threshold within which it gets a gradient, for inputs of norm 1;
+    it scales with the norm of the input. Into the original's 0.001 too few values of a batch of
+    thousands fall for thresholds to move (docs/lab-book.md)."""
     threshold: float = 0.0
     """Where all thresholds start, for inputs of norm 1; 0: where sae.k latents are active, on a
     sample."""
     warmup: float = 0.05
     """Share of the steps over which the penalty rises linearly from 0."""
+    release: float = 0.05
+    """Share by which the threshold of a dead latent falls in every step until the latent fires:
+    AuxK trains its weights, but its threshold has no gradient. 0: it stays."""
 
     def check(self, sae: SAEKeys) -> None:
         """Raise InputError for numbers out of range."""
         self._check_not_negative("coef", "threshold")
+        self._check_share("release", below_1=True)
         if self.bandwidth <= 0:
             raise InputError(
                 f"sae.activation.bandwidth is {self.bandwidth}; it must be above 0, or thresholds "

@@ -191,7 +191,9 @@ class SAE(nn.Module):
         """The root mean square of a component of normalised inputs. Biases and thresholds live on
         this scale. Of inputs that are left as they are it was measured when training began."""
         measured = self.metadata.get("input_rms")
-        return float(measured or input_rms(self.shape.normalize, self.shape.d_model))
+        if isinstance(measured, float) and 0 < measured < math.inf:
+            return measured
+        return input_rms(self.shape.normalize, self.shape.d_model)
 
     @property
     def input_norm(self) -> float:

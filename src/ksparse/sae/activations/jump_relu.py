@@ -70,6 +70,10 @@ class JumpReLU(Activation[JumpReLUConfig]):
     def constrain_(self) -> None:
         self.threshold.clamp_(min=0.0)  # a value below 0 is no activation
 
+    @torch.no_grad()
+    def revive_(self, dead: Tensor) -> None:
+        self.threshold[dead] *= 1 - self.options.release
+
 
 def _window(a: Tensor, threshold: Tensor, width: float) -> Tensor:
     """Return 1 / width where a is within width / 2 of its threshold, else 0: the kernel estimate of

@@ -70,6 +70,8 @@ class AutogradStep:
         self.updates = 0
         self.total: Tensor | float = 0.0
         """The loss of this step."""
+        self.dead = torch.zeros(0, dtype=torch.long)
+        """The latents that are dead in this step."""
         self.seen: tuple[Tensor, Code, Tensor] | None = None
         """The batch of this step (x, code, dead), where the step updates more than weights."""
         self.batch: Tensor | None = None
@@ -115,6 +117,7 @@ class AutogradStep:
             scalars.append(torch.stack((result.total, *result.terms.values())).detach() * share)
             codes.append(Code(*(field.detach() for field in result.code)))
         code = Code.concat(codes)
+        self.dead = dead
         self.seen = (
             (x, code, dead)
             if self.activation.followed or resampling(self.updates + 1, self.recipe)
@@ -167,6 +170,7 @@ class AutogradStep:
         self.adam.zero_grad()
         self._constrain_decoder(self.sae)
         self.activation.constrain_()
+        self.activation.revive_(self.dead)
         self.updates += 1
         for key, weight in self.sae.named_parameters():
             if key in self.average:
