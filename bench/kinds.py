@@ -2,6 +2,8 @@
 
     python bench/kinds.py --sae-lens ENV/bin/python --sparsify ENV/bin/python --out kinds.json
 
+The same command goes on where it stopped; `--libraries` runs some of them.
+
 All libraries train on the same rows in the same order (ksparse.data.planted), with the same n, k,
 tokens and batch, once for each seed; features, start values and rows are new with each seed. Each
 SAE is saved in its library's format, read by ksparse, and measured by one function
@@ -22,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,13 +37,13 @@ from ksparse.training.train import train_many
 
 HERE = Path(__file__).resolve().parent
 WORLDS = {
-    "plain": {"features": 128, "d_model": 64, "probability": 0.05, "apart": 100},
+    "plain": {"features": 128, "d_model": 48, "probability": 0.03, "apart": 100},
     "natural": {
-        "features": 256,
-        "d_model": 64,
+        "features": 128,
+        "d_model": 48,
         "probability": 0.3,
-        "least": 3e-3,
-        "exponent": 0.8,
+        "least": 0.01,
+        "exponent": 0.7,
         "rank": 8,
         "correlation": 0.2,
         "spread": (0.2, 0.1),
@@ -49,12 +51,12 @@ WORLDS = {
         "apart": 100,
     },
     "trees": {
-        "features": 256,
-        "d_model": 64,
+        "features": 128,
+        "d_model": 48,
         "probability": 0.4,
-        "least": 3e-3,
+        "least": 0.01,
         "exponent": 0.5,
-        "roots": 16,
+        "roots": 8,
         "children": 4,
         "depth": 2,
         "exclusive": 1.0,
@@ -68,9 +70,12 @@ WORLDS = {
     },
 }
 """Features of equal frequency; a power law, correlated, with a bias; and trees of features as in
-SAELens' own benchmark, at a 64th of its size."""
-K = 6
+SAELens' own benchmark, at a 128th of its size."""
+K = 4
 BATCH = 512
+TUNING_SEED = 9
+ROWS = 16_384
+LIBRARIES = ("ksparse", "SAELens", "sparsify")
 KINDS = ("topk", "batch_topk", "jump_relu", "matryoshka")
 THEIRS = {
     "topk": "topk",
@@ -92,9 +97,12 @@ SHOWN = ("mcc", "f1", "precision", "recall", "uniqueness", "dead", "duplicated",
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
+    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
+    done = {(row["world"], row["library"], row["kind"], row["seed"]) for row in rows}
     with tempfile.TemporaryDirectory(prefix="kinds-") as folder:
-        rows = list(tune(args, Path(folder)) if args.tune else compare(args, Path(folder)))
-    args.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        for row in tune(args, Path(folder)) if args.tune else compare(args, done, Path(folder)):
+            rows.append(row)
+            args.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(table(rows))
 
 
@@ -105,34 +113,48 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sae-lens", help="Python of an environment with sae-lens")
     parser.add_argument("--sparsify", help="Python of an environment with eai-sparsify")
     parser.add_argument("--world", default="natural", choices=WORLDS)
-    parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5, 6])
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--libraries", nargs="+", default=LIBRARIES, choices=LIBRARIES)
     parser.add_argument("--tune", action="store_true", help="SAELens alone, over rates, on seed 9")
     parser.add_argument("--out", type=Path, default=Path("kinds.json"))
     return parser.parse_args()
 
 
-def compare(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    for seed in args.seeds:
-        world = World(args.world, seed, args.tokens, folder / str(seed))
-        found = ours(world, args.kinds)
-        if args.sae_lens:
-            jobs = [(kind, TUNED[args.world].get(kind, {})) for kind in args.kinds]
-            found |= sae_lens(args.sae_lens, world, jobs)
-        if args.sparsify and "topk" in args.kinds:
-            found |= {("sparsify", "topk"): sparsify(args.sparsify, world)}
-        for (library, kind), path in found.items():
-            yield judged(world, library, kind, path)
+def compare(
+    args: argparse.Namespace, done: set[tuple[str, str, str, int]], folder: Path
+) -> Iterator[dict[str, Any]]:
+    worlds = [World(args.world, seed, args.tokens, folder / str(seed)) for seed in args.seeds]
+
+    def left(library: str, world: World) -> list[str]:
+        return [k for k in args.kinds if (args.world, library, k, world.seed) not in done]
+
+    if "ksparse" in args.libraries:
+        for world in worlds:
+            kinds = left("ksparse", world)
+            for kind, path in zip(kinds, ours(world, kinds)):
+                yield judged(world, "ksparse", kind, path)
+    if "SAELens" in args.libraries:
+        tuned = TUNED[args.world]
+        jobs = [Job(w, kind, tuned.get(kind, {})) for w in worlds for kind in left("SAELens", w)]
+        for job, path in zip(jobs, sae_lens(args.sae_lens, jobs, folder)):
+            yield judged(job.world, "SAELens", job.kind, path)
+    if "sparsify" in args.libraries:
+        for world in worlds:
+            if "topk" in left("sparsify", world):
+                yield judged(world, "sparsify", "topk", sparsify(args.sparsify, world))
 
 
 def tune(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    world = World(args.world, 9, args.tokens, folder)
+    world = World(args.world, TUNING_SEED, args.tokens, folder / "tune")
+    jobs = []
     for kind in args.kinds:
-        penalties = PENALTIES if kind == "jump_relu" else (1.0,)
-        jobs = [(kind, {"lr": lr, "penalty": p}) for lr in RATES for p in penalties]
-        for (_, name), path in sae_lens(args.sae_lens, world, jobs).items():
-            yield judged(world, "SAELens", name, path)
+        penalties = [{"penalty": p} for p in PENALTIES] if kind == "jump_relu" else [{}]
+        jobs += [Job(world, kind, {"lr": lr} | penalty) for lr in RATES for penalty in penalties]
+    for job, path in zip(jobs, sae_lens(args.sae_lens, jobs, folder)):
+        name = " ".join([job.kind, *(f"{key} {value:g}" for key, value in job.chosen.items())])
+        yield judged(world, "SAELens", name, path)
 
 
 class World:
@@ -145,26 +167,30 @@ class World:
         self.n, self.steps = self.options.features, math.ceil(tokens / BATCH)
         self.widths = [self.n // 8, self.n // 4, self.n // 2, self.n]
         stream = PlantedStream(self.truth, batch=BATCH, seed=seed, device=torch.device("cpu"))
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         steps = range(1, self.steps + 1)
         np.save(folder / "train.npy", torch.cat([stream.rows(BATCH, s) for s in steps]).numpy())
 
 
 def judged(world: World, library: str, kind: str, path: Path) -> dict[str, Any]:
     """Return the numbers of one SAE, and say them."""
-    result = measure(ksparse.load(path), world.truth)
+    result = measure(ksparse.load(path), world.truth, ROWS)
     row = {"world": world.name, "library": library, "kind": kind, "seed": world.seed}
     row |= {name: result[name]["value"] for name in (*SHOWN, "true_l0")}
     numbers = " ".join(f"{name} {row[name]:.3f}" for name in SHOWN)
-    print(f"{world.name} {world.seed} {library:8s} {kind:12s} {numbers}", file=sys.stderr, flush=True)
+    print(
+        f"{world.name} {world.seed} {library:8s} {kind:12s} {numbers}", file=sys.stderr, flush=True
+    )
     return row
 
 
-def ours(world: World, kinds: list[str]) -> dict[tuple[str, str], Path]:
+def ours(world: World, kinds: list[str]) -> list[Path]:
     """Train ksparse's kinds at their defaults on one stream."""
+    if not kinds:
+        return []
     outs = [world.folder / "ours" / kind for kind in kinds]
     train_many([recipe(world, kind) for kind in kinds], outs)
-    return {("ksparse", kind): out for kind, out in zip(kinds, outs)}
+    return outs
 
 
 def recipe(world: World, kind: str) -> Recipe:
@@ -188,24 +214,28 @@ def recipe(world: World, kind: str) -> Recipe:
     )
 
 
-def sae_lens(
-    python: str, world: World, jobs: list[tuple[str, dict[str, float]]]
-) -> dict[tuple[str, str], Path]:
-    """Train SAELens' kinds; several jobs of a kind are named by their settings."""
-    several = len({kind for kind, _ in jobs}) < len(jobs)
-    found, orders = {}, []
-    for number, (kind, chosen) in enumerate(jobs):
+class Job(NamedTuple):
+    """One SAE for SAELens to train."""
+
+    world: World
+    kind: str
+    chosen: dict[str, float]
+    """What is changed of its defaults: `lr`, and of JumpReLU `penalty`."""
+
+
+def sae_lens(python: str, jobs: list[Job], folder: Path) -> list[Path]:
+    """Train all jobs in one process of SAELens' environment."""
+    orders = []
+    for number, (world, kind, chosen) in enumerate(jobs):
         sae: dict[str, Any] = {"k": K}
         if kind == "jump_relu":
-            penalty = chosen.get("penalty", 0.3)
             sae = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": K}
-            sae |= {"l0_coefficient": penalty}
+            sae |= {"l0_coefficient": chosen.get("penalty", 1.0)}
         if kind == "matryoshka":
             sae["matryoshka_widths"] = world.widths
-        out = world.folder / "sae_lens" / str(number)
         orders.append(
             {
-                "out": str(out),
+                "out": str(folder / "sae_lens" / str(number)),
                 "rows": str(world.folder / "train.npy"),
                 "kind": THEIRS[kind],
                 "n": world.n,
@@ -216,10 +246,8 @@ def sae_lens(
                 "center": True,
             }
         )
-        name = f"{kind} {' '.join(f'{k} {v:g}' for k, v in chosen.items())}" if several else kind
-        found["SAELens", name] = out
     call(python, HERE / "peers" / "sae_lens_kinds.py", [], json.dumps(orders))
-    return found
+    return [Path(order["out"]) for order in orders]
 
 
 def sparsify(python: str, world: World) -> Path:

@@ -320,7 +320,7 @@ def _check_several(recipe: Recipe, data: int) -> None:
             f"sae.activation.kind is {recipe.sae.activation.kind!r}; several processes can share "
             "'topk' alone so far; train it in one process"
         )
-    if data > 1 and recipe.sae.multi_topk and recipe.sae.auxk_norm == "batch":
+    if data > 1 and recipe.sae.multi_topk and recipe.sae.auxk_divisor == "batch":
         raise InputError(
             "sae.auxk_norm is 'batch', which with sae.multi_topk is not summed over mesh.data; "
             "give 'token', or mesh.data 1"

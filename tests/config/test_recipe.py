@@ -565,6 +565,9 @@ def test_the_learning_rate_falls_as_one_over_the_root_of_n():
     assert Recipe(sae=SAEConfig(n_latents=32_768)).lr == pytest.approx(8e-4)
     assert Recipe(sae=SAEConfig(n_latents=4 * 32_768)).lr == pytest.approx(4e-4)
     assert Recipe(optim=OptimConfig(lr=0.5)).lr == 0.5
+    nested = SAEConfig(n_latents=32_768, activation={"kind": "batch_topk"}, prefixes=(64,))
+    assert Recipe(sae=nested).lr == pytest.approx(1.2e-3)
+    assert Recipe(sae=nested, optim=OptimConfig(lr=0.5)).lr == 0.5
 
 
 def test_steps_cover_all_tokens():

@@ -105,9 +105,9 @@ def test_no_start_value_of_an_sae_is_a_feature():
         cosines = sae.W_dec.detach() @ truth.directions.T
         # The largest of 64 x 64 cosines of random directions; a shared draw has 1.
         assert cosines.max() < 0.85
-        rows = torch.nn.functional.normalize(PlantedStream(
-            truth, batch=64, seed=seed, device=torch.device("cpu")
-        ).rows(64, 1), dim=1)
+        rows = torch.nn.functional.normalize(
+            PlantedStream(truth, batch=64, seed=seed, device=torch.device("cpu")).rows(64, 1), dim=1
+        )
         drawn = torch.nn.functional.normalize(
             torch.randn(64, 32, generator=torch.Generator().manual_seed(seed)), dim=1
         )

@@ -49,12 +49,19 @@ def test_planted_features_and_shards_at_once_are_refused():
 
 def trained(kind, normalize, size):
     """Return an SAE after ten steps on features of a size."""
-    acts = {"lm": "", "normalize": normalize, "text": Planted(
-        features=24, d_model=12, probability=0.1, sizes=(size, size)
-    ).to_text()}
+    acts = {
+        "lm": "",
+        "normalize": normalize,
+        "text": Planted(features=24, d_model=12, probability=0.1, sizes=(size, size)).to_text(),
+    }
     recipe = from_dict(
-        {"acts": acts, "sae": {"n_latents": 24, "k": 3, "activation": {"kind": kind}},
-         "tokens": 1280, "batch": 128, "run": {"device": "cpu", "kernels": "torch"}}
+        {
+            "acts": acts,
+            "sae": {"n_latents": 24, "k": 3, "activation": {"kind": kind}},
+            "tokens": 1280,
+            "batch": 128,
+            "run": {"device": "cpu", "kernels": "torch"},
+        }
     )
     source = ActivationSource(recipe, torch.device("cpu"))
     state, step = start(recipe, source)

@@ -41,6 +41,8 @@ class ActivationOptions(Config):
 
     REVIVAL: ClassVar[Literal["auxk", "resample"] | None] = None
     """How dead latents are revived: by the AuxK loss, by resampling, or not at all."""
+    RATE: ClassVar[float] = 1.0
+    """Learning rate by the law of `optim.lr_at_32k`, as a multiple of TopK's (docs/lab-book.md)."""
     WRITTEN_OUT: ClassVar[bool] = False
     """Whether the explicit, native and triton steps compute it; any other needs autograd."""
     BOUND: ClassVar[str] = "as many of them active as its penalty leaves"
@@ -132,6 +134,7 @@ class BatchTopKConfig(ActivationOptions):
     """
 
     REVIVAL = "auxk"
+    RATE = 1.5
     BOUND = "{k} of them active on average"
 
     kind: Literal["batch_topk"] = "batch_topk"
@@ -205,6 +208,7 @@ class JumpReLUConfig(ActivationOptions):
     """
 
     REVIVAL = "auxk"
+    RATE = 1.5
     BOUND = "about {k} of them active at a time"
 
     kind: Literal["jump_relu"] = "jump_relu"

@@ -176,9 +176,10 @@ class SAEConfig(Config):
     auxk_share: float = 1.0
     """Share of a batch on which AuxK is computed, from its start. Batches are shuffled, so this is
     a random sample; AuxK's cost falls in proportion (paper: 1)."""
-    auxk_norm: Literal["token", "batch"] = "token"
+    auxk_norm: Literal["auto", "token", "batch"] = "auto"
     """Normalization of the AuxK error. token (paper): divide by the squared norm of the error, per
-    token. batch (official code): divide by the variance of the error over the batch."""
+    token. batch (official code): divide by the variance of the error over the batch, so that tokens
+    that are badly reconstructed count more. auto: token for topk, batch for the other kinds."""
     dead_after: int = 0
     """Tokens without activation after which a latent counts as dead; 0: 10 million as in the
     paper, or 1/32 of the tokens of a shorter run."""
@@ -281,6 +282,19 @@ class SAEConfig(Config):
         return self.freeze != "none" or self.decoder_cosine_min > 0
 
     @property
+    def auxk_divisor(self) -> Literal["token", "batch"]:
+        """What the AuxK error is divided by: `auxk_norm`, or what it is for this activation.
+
+        Example:
+            >>> from ksparse.config import BatchTopKConfig
+            >>> SAEConfig().auxk_divisor, SAEConfig(activation=BatchTopKConfig()).auxk_divisor
+            ('token', 'batch')
+        """
+        if self.auxk_norm != "auto":
+            return self.auxk_norm
+        return "token" if self.activation.kind == "topk" else "batch"
+
+    @property
     def uses_auxk(self) -> bool:
         """Whether the AuxK loss revives dead latents."""
         return self.auxk_coef > 0 and self.activation.REVIVAL == "auxk"
@@ -299,7 +313,8 @@ class OptimConfig(Config):
     SECTION = "optim."
 
     lr: float = 0.0
-    """Learning rate; 0: lr_at_32k x sqrt(32,768 / n_latents), the law of section 3.2."""
+    """Learning rate; 0: lr_at_32k x sqrt(32,768 / n_latents), the law of section 3.2, and 1.5
+    times that for batch_topk and jump_relu."""
     lr_at_32k: float = 8e-4
     """Learning rate of that law at 32,768 latents. The paper's is 2e-4 to 4e-4 for training to
     convergence, and about four times as large for a fixed amount of compute, as here."""
@@ -569,8 +584,10 @@ class Recipe(Config):
 
     @property
     def lr(self) -> float:
-        """The learning rate: `optim.lr`, or the 1 / sqrt(n) law of section 3.2."""
-        return self.optim.lr or self.optim.lr_at_32k * math.sqrt(32_768 / self.sae.n_latents)
+        """The learning rate: `optim.lr`, or the 1 / sqrt(n) law of section 3.2, times what the
+        activation takes of it."""
+        law = self.optim.lr_at_32k * math.sqrt(32_768 / self.sae.n_latents)
+        return self.optim.lr or self.sae.activation.RATE * law
 
     @property
     def data_seed(self) -> int:
@@ -614,6 +631,7 @@ class Recipe(Config):
         # The old name of the key: checkpoints and the names of sweep folders were made with it.
         table["optim"]["screen"] = table["optim"].pop("approx_topk")
         # Later keys are left out at their defaults, so that older runs keep their names.
+        table["sae"]["auxk_norm"] = self.sae.auxk_divisor
         later = ("prefixes", "prefix_draws", "prefix_loss", "start", "k_start", "k_anneal")
         for key in (*later, *CONTROLS["sae"]):
             if getattr(self.sae, key) == getattr(SAEConfig, key):
@@ -681,7 +699,7 @@ def _check_prefixes_on_mesh(recipe: Recipe) -> None:
             f"mesh.latent is {recipe.mesh.latent}; prefixes of latents are of the whole SAE, which "
             "one process must hold: give mesh.latent 1, or mesh.data"
         )
-    if recipe.mesh.data != 1 and recipe.sae.auxk_norm == "batch":
+    if recipe.mesh.data != 1 and recipe.sae.auxk_divisor == "batch":
         raise InputError(
             "sae.auxk_norm is 'batch', which with prefixes is not summed over mesh.data; give "
             "'token', or mesh.data 1"

@@ -200,7 +200,7 @@ def auxk(sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs) -> LossT
     loss = x.new_zeros(())
     if sae.count(inputs.dead) and len(x):
         predicted = sae.decoder(sae.code(x, pre_acts, inputs.k_aux, among=inputs.dead))
-        loss = finite_or_zero(relative_error(predicted, (x - recon).detach(), options.auxk_norm))
+        loss = finite_or_zero(relative_error(predicted, (x - recon).detach(), options.auxk_divisor))
     return LossTerm(inputs.auxk_weight * loss, options.auxk_coef)
 
 

@@ -290,7 +290,9 @@ def start(
     log.info(
         "learning rate %.2g (%s); latents are dead after %s tokens",
         recipe.lr,
-        "given" if recipe.optim.lr else f"{recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)",
+        "given"
+        if recipe.optim.lr
+        else f"{recipe.sae.activation.RATE * recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)",
         f"{recipe.dead_after:,}",
     )
     state = TrainState(

@@ -241,7 +241,7 @@ class ExplicitStep(AutogradStep):
         difference = self.mesh.all_reduce_sum("recon", predicted, "latent").add_(
             error
         )  # the prediction less x - recon
-        if options.auxk_norm == "token":
+        if options.auxk_divisor == "token":
             weights = 1 / error.square().sum(1).clamp_min(tiny) / tokens
         else:
             weights = (
