@@ -87,7 +87,12 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 PENALTIES = (0.03, 0.3, 3.0)
 TUNED: dict[str, dict[str, dict[str, float]]] = {
     "plain": {},
-    "natural": {},
+    "natural": {
+        "topk": {"lr": 2e-2},
+        "batch_topk": {"lr": 1e-2},
+        "jump_relu": {"lr": 3e-3, "penalty": 0.03},
+        "matryoshka": {"lr": 1e-2},
+    },
     "trees": {},
 }
 """What --tune found for SAELens: learning rate, and for JumpReLU the weight of the penalty."""
@@ -198,7 +203,7 @@ def recipe(world: World, kind: str) -> Recipe:
     nested = kind == "matryoshka"
     return from_dict(
         {
-            "acts": {"lm": "", "text": world.options.to_text(), "normalize": "none"},
+            "acts": {"text": world.options.to_text(), "normalize": "none"},
             "sae": {
                 "n_latents": world.n,
                 "k": K,

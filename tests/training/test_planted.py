@@ -34,6 +34,14 @@ def test_a_run_on_planted_features_goes_on_with_the_same_bits(tmp_path):
     assert ksparse.load(resumed).metadata["acts"]["text"] == FEATURES.to_text()
 
 
+def test_a_recipe_that_names_planted_features_is_the_same_run(tmp_path):
+    by_call = ksparse.train(data=FEATURES, out=tmp_path / "a", tokens=256, **OPTIONS)
+    by_name = ksparse.train(text=FEATURES.to_text(), out=tmp_path / "b", tokens=256, **OPTIONS)
+    assert by_call.recipe() == by_name.recipe() and by_name.recipe().acts.lm == ""
+    first, second = ksparse.load(by_call).state_dict(), ksparse.load(by_name).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_training_on_planted_features_lowers_the_held_out_error(tmp_path):
     run = ksparse.train(
         data=FEATURES, out=tmp_path / "run", tokens=6_000, curve={"held_out": 256}, **OPTIONS

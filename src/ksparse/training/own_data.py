@@ -61,8 +61,7 @@ def place(data: Any, recipe: Recipe, out: Path | str | None) -> tuple[Recipe, Pa
         )
     if isinstance(data, Planted):
         text = data.to_text()
-        acts = dataclasses.replace(recipe.acts, lm="", site="", text=text, lm_dtype="float32")
-        recipe = dataclasses.replace(recipe, acts=acts)
+        recipe = dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, text=text))
         return recipe, Path(out or _name(recipe, text))
     if isinstance(data, (str, Path)):
         if (Path(data) / checksums.MANIFEST).is_file():  # shards, or indexed already
