@@ -216,8 +216,8 @@ def test_a_recipe_is_frozen():
             r"sae\.activation\.warmup is 1\.5; it must be from 0 to 1",
         ),
         (
-            {"sae": {"activation": {"kind": "jump_relu", "bandwidth": 0.0}}},
-            r"sae\.activation\.bandwidth is 0\.0; it must be above 0",
+            {"sae": {"activation": {"kind": "jump_relu", "bandwidth": -0.1}}},
+            r"sae\.activation\.bandwidth is -0\.1; it must not be negative",
         ),
         (
             {"sae": {"activation": {"kind": "batch_topk", "threshold_decay": 1.0}}},

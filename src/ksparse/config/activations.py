@@ -7,6 +7,7 @@ with a written-out gradient computes it, and how it bounds the number of active 
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -43,6 +44,8 @@ class ActivationOptions(Config):
     """How dead latents are revived: by the AuxK loss, by resampling, or not at all."""
     RATE: ClassVar[float] = 1.0
     """Learning rate by the law of `optim.lr_at_32k`, as a multiple of TopK's (docs/lab-book.md)."""
+    START: ClassVar[float] = 1.0
+    """Active latents per token at the first step, as a multiple of k, where `sae.k_start` is 0."""
     WRITTEN_OUT: ClassVar[bool] = False
     """Whether the explicit, native and triton steps compute it; any other needs autograd."""
     BOUND: ClassVar[str] = "as many of them active as its penalty leaves"
@@ -209,6 +212,7 @@ class JumpReLUConfig(ActivationOptions):
 
     REVIVAL = "auxk"
     RATE = 1.5
+    START = 3.0
     BOUND = "about {k} of them active at a time"
 
     kind: Literal["jump_relu"] = "jump_relu"
@@ -217,10 +221,11 @@ class JumpReLUConfig(ActivationOptions):
     """target: coef x (L0 / k - 1)^2, so that training aims at an L0 of sae.k. l0: coef x L0 / k."""
     coef: float = 1.0
     """Weight of the penalty."""
-    bandwidth: float = 0.03
+    bandwidth: float = 0.0
     """Width of the window around a threshold within which it gets a gradient, for inputs of norm 1;
-    it scales with the norm of the input. Into the original's 0.001 too few values of a batch of
-    thousands fall for thresholds to move (docs/lab-book.md)."""
+    it scales with the norm of the input. 0: 0.6 / sqrt(k), about the size of a value. Into the
+    original's 0.001 too few values of a batch of thousands fall for thresholds to move
+    (docs/lab-book.md)."""
     threshold: float = 0.0
     """Where all thresholds start, for inputs of norm 1; 0: where sae.k latents are active, on a
     sample."""
@@ -232,18 +237,22 @@ class JumpReLUConfig(ActivationOptions):
 
     def check(self, sae: SAEKeys) -> None:
         """Raise InputError for numbers out of range."""
-        self._check_not_negative("coef", "threshold")
+        self._check_not_negative("bandwidth", "coef", "threshold")
         self._check_share("release", below_1=True)
-        if self.bandwidth <= 0:
-            raise InputError(
-                f"sae.activation.bandwidth is {self.bandwidth}; it must be above 0, or thresholds "
-                "would never move"
-            )
         self._check_share("warmup")
         super().check(sae)
 
     def penalty_share(self, step: int, steps: int) -> float:
         return _linear_rise(self.warmup, step, steps)
+
+    def window(self, k: int) -> float:
+        """Return the width of the window, for inputs of norm 1 and an L0 of k.
+
+        Example:
+            >>> round(JumpReLUConfig().window(k=36), 3), JumpReLUConfig(bandwidth=0.02).window(36)
+            (0.1, 0.02)
+        """
+        return self.bandwidth or 0.6 / math.sqrt(k)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,8 @@ class SAEConfig(Config):
     averages and dead counters begin anew."""
     k_start: int = 0
     """Active latents per token at the first step, from which the number goes to `k` in equal ratios
-    over `k_anneal`; 0: `k` from the start."""
+    over `k_anneal`; 0: `k` from the start, and with jump_relu 3 times as many (not where `start`
+    names an SAE)."""
     k_anneal: float = 0.5
     """Share of the steps, from the first, over which `k_start` becomes `k`."""
     auxk_coef: float = 1 / 32
@@ -256,13 +257,22 @@ class SAEConfig(Config):
             >>> [options.k_at(step, 100) for step in (1, 25, 50, 51, 100)]
             [128, 32, 8, 8, 8]
         """
-        if not self.k_start:
+        first = self.k_first
+        if first == self.k:
             return self.k
         stages = 20
         done = step / max(1.0, self.k_anneal * steps)
         share = min(1.0, math.floor(done * stages) / stages)
-        k: float = self.k_start * (self.k / self.k_start) ** share
+        k: float = first * (self.k / first) ** share
         return round(k)
+
+    @property
+    def k_first(self) -> int:
+        """Active latents per token at the first step: `k_start`, or what the activation begins
+        with."""
+        if self.k_start or self.start:
+            return self.k_start or self.k
+        return min(self.n_latents, round(self.activation.START * self.k))
 
     @property
     def bound(self) -> str:

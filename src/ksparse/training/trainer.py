@@ -107,7 +107,7 @@ class SAETrainer:
         """
         state, recipe = self.state, self.recipe
         state.step += 1
-        if recipe.sae.k_start:
+        if recipe.sae.k_first != recipe.sae.k:
             self.optimizer.set_k(recipe.sae.k_at(state.step, recipe.steps))
         losses, grad_norm = train_step(self.optimizer, x, state, recipe, self.dead)
         if not math.isfinite(grad_norm):

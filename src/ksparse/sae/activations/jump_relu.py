@@ -35,7 +35,7 @@ class JumpReLU(Activation[JumpReLUConfig]):
 
     def window(self, sae: Host) -> float:
         """Return the width of the window, in the unit of this SAE's inputs."""
-        return self.options.bandwidth * sae.input_norm
+        return self.options.window(sae.k) * sae.input_norm
 
     def values(self, sae: Host, listed: SparsePreActs) -> Tensor:
         a = listed.products + listed.gather(sae.b_enc)
