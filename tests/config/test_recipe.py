@@ -611,6 +611,22 @@ def test_the_fingerprint_of_the_default_recipe_is_the_one_that_folders_of_sweeps
     assert jsonio.digest(Recipe().fingerprint()) == "87b7079c38ac30bf"
 
 
+@pytest.mark.parametrize("kind", ["batch_topk", "jump_relu"])
+def test_a_run_of_an_earlier_version_has_the_rate_and_thresholds_of_its_time(kind, tmp_path):
+    new = from_dict({"sae": {"activation": {"kind": kind}}})
+    later = new.sae.activation.BEFORE
+    lines = to_toml(new).splitlines()
+    old = [line for line in lines if line.partition(" ")[0] not in later]
+    assert len(old) == len(lines) - len(later)
+    (tmp_path / "recipe.toml").write_text("\n".join(old))
+    assert recipes.load_recipe(tmp_path / "recipe.toml") == new
+    run = recipes.load_recipe_of_run(tmp_path / "recipe.toml")
+    assert {key: getattr(run.sae.activation, key) for key in later} == later
+    assert not set(later) & run.fingerprint()["sae"]["activation"].keys()
+    assert run.lr == pytest.approx(new.lr / 1.5) and run.sae.k_first == run.sae.k
+    assert set(later) <= new.fingerprint()["sae"]["activation"].keys()
+
+
 def test_a_changed_key_is_named_as_it_is_written_today():
     old, new = Recipe(), Recipe(optim=OptimConfig(approx_topk="int8"))
     assert recipes.differences(old.fingerprint(), new.fingerprint()) == [

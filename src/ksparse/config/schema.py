@@ -164,8 +164,8 @@ class SAEConfig(Config):
     averages and dead counters begin anew."""
     k_start: int = 0
     """Active latents per token at the first step, from which the number goes to `k` in equal ratios
-    over `k_anneal`; 0: `k` from the start, and with jump_relu 3 times as many (not where `start`
-    names an SAE)."""
+    over `k_anneal`; 0: `k` from the start, and with jump_relu sae.activation.start_l0 times
+    as many (not where `start` names an SAE)."""
     k_anneal: float = 0.5
     """Share of the steps, from the first, over which `k_start` becomes `k`."""
     auxk_coef: float = 1 / 32
@@ -272,7 +272,7 @@ class SAEConfig(Config):
         with."""
         if self.k_start or self.start:
             return self.k_start or self.k
-        return min(self.n_latents, round(self.activation.START * self.k))
+        return min(self.n_latents, self.activation.first_k(self.k))
 
     @property
     def bound(self) -> str:
@@ -323,8 +323,8 @@ class OptimConfig(Config):
     SECTION = "optim."
 
     lr: float = 0.0
-    """Learning rate; 0: lr_at_32k x sqrt(32,768 / n_latents), the law of section 3.2, and 1.5
-    times that for batch_topk and jump_relu."""
+    """Learning rate; 0: lr_at_32k x sqrt(32,768 / n_latents), the law of section 3.2, times
+    sae.activation.rate for batch_topk and jump_relu."""
     lr_at_32k: float = 8e-4
     """Learning rate of that law at 32,768 latents. The paper's is 2e-4 to 4e-4 for training to
     convergence, and about four times as large for a fixed amount of compute, as here."""
@@ -597,7 +597,7 @@ class Recipe(Config):
         """The learning rate: `optim.lr`, or the 1 / sqrt(n) law of section 3.2, times what the
         activation takes of it."""
         law = self.optim.lr_at_32k * math.sqrt(32_768 / self.sae.n_latents)
-        return self.optim.lr or self.sae.activation.RATE * law
+        return self.optim.lr or self.sae.activation.law_factor() * law
 
     @property
     def data_seed(self) -> int:
@@ -642,6 +642,9 @@ class Recipe(Config):
         table["optim"]["screen"] = table["optim"].pop("approx_topk")
         # Later keys are left out at their defaults, so that older runs keep their names.
         table["sae"]["auxk_norm"] = self.sae.auxk_divisor
+        for key, before in self.sae.activation.BEFORE.items():
+            if table["sae"]["activation"][key] == before:
+                del table["sae"]["activation"][key]
         later = ("prefixes", "prefix_draws", "prefix_loss", "start", "k_start", "k_anneal")
         for key in (*later, *CONTROLS["sae"]):
             if getattr(self.sae, key) == getattr(SAEConfig, key):

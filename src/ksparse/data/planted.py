@@ -48,7 +48,7 @@ class PlantedFeatures:
             torch.randn(n, options.d_model, generator=rng("directions")), options.apart
         )
         self.frequency = _frequencies(options)
-        self.means = torch.linspace(*options.sizes, n)
+        self.means = torch.linspace(options.sizes[0], options.sizes[1], n)
         mean, deviation = options.spread
         self.deviations = (mean + deviation * torch.randn(n, generator=rng("spread"))).abs()
         bias = torch.randn(options.d_model, generator=rng("bias"))

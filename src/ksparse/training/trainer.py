@@ -292,7 +292,7 @@ def start(
         recipe.lr,
         "given"
         if recipe.optim.lr
-        else f"{recipe.sae.activation.RATE * recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)",
+        else f"{recipe.sae.activation.law_factor() * recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)",
         f"{recipe.dead_after:,}",
     )
     state = TrainState(
