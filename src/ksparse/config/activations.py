@@ -239,7 +239,7 @@ class JumpReLUConfig(ActivationOptions):
     """Weight of the penalty."""
     bandwidth: float = 0.0
     """Width of the window around a threshold within which it gets a gradient, for inputs of norm 1;
-    it scales with the norm of the input. 0: 0.6 / sqrt(k), about the size of a value. Into the
+    it scales with the norm of the input. 0: 0.4 / sqrt(k), near half the size of a value. Into the
     original's 0.001 too few values of a batch of thousands fall for thresholds to move
     (docs/lab-book.md)."""
     threshold: float = 0.0
@@ -278,9 +278,9 @@ class JumpReLUConfig(ActivationOptions):
 
         Example:
             >>> round(JumpReLUConfig().window(k=36), 3), JumpReLUConfig(bandwidth=0.02).window(36)
-            (0.1, 0.02)
+            (0.067, 0.02)
         """
-        return self.bandwidth or 0.6 / math.sqrt(k)
+        return self.bandwidth or 0.4 / math.sqrt(k)
 
 
 @dataclass(frozen=True)
