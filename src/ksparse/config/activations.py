@@ -243,8 +243,8 @@ class JumpReLUConfig(ActivationOptions):
     original's 0.001 too few values of a batch of thousands fall for thresholds to move
     (docs/lab-book.md)."""
     threshold: float = 0.0
-    """Where all thresholds start, for inputs of norm 1; 0: where sae.k latents are active, on a
-    sample."""
+    """Where all thresholds start, for inputs of norm 1; 0: where as many latents are active, on
+    a sample, as at the first step."""
     warmup: float = 0.05
     """Share of the steps over which the penalty rises linearly from 0."""
     release: float = 0.05

@@ -154,7 +154,7 @@ class SAEConfig(Config):
     """Number of latents."""
     k: int = 32
     """Active latents per token. For batch_topk this is the average over a batch; for jump_relu the
-    L0 at the start and the target. For relu, gated and prolu it does not limit training, and is
+    L0 that training aims at. For relu, gated and prolu it does not limit training, and is
     the k used by analyses that need one."""
     activation: ActivationConfig = field(default_factory=TopKConfig)
     """Activation function, with options of its own."""
