@@ -9,7 +9,7 @@ tokens and batch, once for each seed; features, start values and rows are new wi
 SAE is saved in its library's format, read by ksparse, and measured by one function
 (ksparse.evals.planted). SAELens gets what its benchmark does not set: centred rows, a dead window
 that fits the run, and of several rates and penalties the one with the best mean of MCC and F1 on
-another seed (--tune), which then is what TUNED below has. sparsify trains by its own rule.
+another seed (--tune), which TUNED below has. sparsify trains by its own rule.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
     },
     "trees": {},
 }
-"""What --tune found for SAELens: learning rate, and for JumpReLU the weight of the penalty."""
+"""What was found for SAELens: learning rate, and for JumpReLU the weight of the penalty. Where nothing
+is given it has its own 3e-4, and is not tuned: run --tune first."""
 SHOWN = ("mcc", "f1", "precision", "recall", "uniqueness", "dead", "duplicated", "nmse", "l0")
 
 
