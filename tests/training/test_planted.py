@@ -91,6 +91,12 @@ def test_training_is_the_same_whatever_the_unit_of_inputs_left_as_they_are(kind)
     assert torch.allclose(scaled.W_dec, large.W_dec, atol=1e-3)
 
 
+@pytest.mark.parametrize("found", [None, 0.0, -1.0, float("nan"), "0.5", [1.0]])
+def test_a_scale_of_inputs_that_cannot_be_is_not_believed(found):
+    assert SAE(Shape(4, 6, 1, "none"), {"input_rms": found}).input_rms == 1.0
+    assert SAE(Shape(4, 6, 1, "none"), {"input_rms": 0.5}).input_norm == 1.0
+
+
 def jump_relu(release):
     recipe = Recipe(sae=SAEConfig(n_latents=6, k=1, activation=JumpReLUConfig(release=release)))
     sae = SAE(Shape(4, 6, 1, "none", 1.0, "jump_relu"))
