@@ -169,20 +169,6 @@ def test_one_process_sends_nothing():
             16,
             r"batch is 1000, which mesh\.data = 16 does not divide",
         ),
-        *(
-            (
-                {"sae": {"auxk_norm": "batch", **sae}},
-                2,
-                2,
-                r"sae\.auxk_norm is 'batch', .* which only TopK without Multi-TopK and prefixes sums",
-            )
-            for sae in (
-                {"multi_topk": 0.1},
-                {"prefixes": [100]},
-                {"activation": {"kind": "batch_topk"}},
-                {"activation": {"kind": "jump_relu"}},
-            )
-        ),
         (
             {"sae": {"k": 8, "k_start": 128, "k_anneal": 0.5}, "mesh": {"latent": 64}},
             1,

@@ -128,6 +128,11 @@ def test_the_example_with_activations_from_anywhere_runs(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "mine" / "acts" / "00000.safetensors").is_file()
 
 
+def test_the_example_with_planted_features_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks("docs/kinds.md"), "docs/kinds.md", "exec"), {})
+
+
 def test_the_example_with_a_conversation_runs():
     text = blocks("docs/chat.md")
     assert "\nassert kept ==" in text

@@ -299,7 +299,7 @@ def check(recipe: Recipe, data: int, world: int) -> None:
         )
     if world > 1:
         _check_divides(recipe, data)
-        _check_several(recipe, data)
+        _check_several(recipe)
 
 
 def _check_divides(recipe: Recipe, data: int) -> None:
@@ -323,14 +323,8 @@ def _check_divides(recipe: Recipe, data: int) -> None:
         )
 
 
-def _check_several(recipe: Recipe, data: int) -> None:
+def _check_several(recipe: Recipe) -> None:
     """Raise InputError for options that only one process can train with."""
-    sae = recipe.sae
-    if data > 1 and recipe.needs_autograd and sae.uses_auxk and sae.auxk_norm == "batch":
-        raise InputError(
-            "sae.auxk_norm is 'batch', a variance over the batch, which only TopK without "
-            "Multi-TopK and prefixes sums over mesh.data; give 'token', or mesh.data 1"
-        )
     if recipe.run.ahead == "on" and not recipe.acts.shards:
         raise InputError(
             "run.ahead is 'on'; several processes compute a block of activations together, between "

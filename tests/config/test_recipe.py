@@ -219,8 +219,8 @@ def test_a_recipe_is_frozen():
             r"sae\.activation\.warmup is 1\.5; it must be from 0 to 1",
         ),
         (
-            {"sae": {"activation": {"kind": "jump_relu", "bandwidth": 0.0}}},
-            r"sae\.activation\.bandwidth is 0\.0; it must be above 0",
+            {"sae": {"activation": {"kind": "jump_relu", "bandwidth": -0.1}}},
+            r"sae\.activation\.bandwidth is -0\.1; it must not be negative",
         ),
         (
             {"sae": {"activation": {"kind": "batch_topk", "threshold_decay": 1.0}}},
@@ -568,6 +568,9 @@ def test_the_learning_rate_falls_as_one_over_the_root_of_n():
     assert Recipe(sae=SAEConfig(n_latents=32_768)).lr == pytest.approx(8e-4)
     assert Recipe(sae=SAEConfig(n_latents=4 * 32_768)).lr == pytest.approx(4e-4)
     assert Recipe(optim=OptimConfig(lr=0.5)).lr == 0.5
+    nested = SAEConfig(n_latents=32_768, activation={"kind": "batch_topk"}, prefixes=(64,))
+    assert Recipe(sae=nested).lr == pytest.approx(1.2e-3)
+    assert Recipe(sae=nested, optim=OptimConfig(lr=0.5)).lr == 0.5
 
 
 def test_steps_cover_all_tokens():
@@ -609,6 +612,22 @@ def test_the_old_key_optim_screen_is_read_and_leaves_the_fingerprint_as_it_was(v
 
 def test_the_fingerprint_of_the_default_recipe_is_the_one_that_folders_of_sweeps_are_named_by():
     assert jsonio.digest(Recipe().fingerprint()) == "87b7079c38ac30bf"
+
+
+@pytest.mark.parametrize("kind", ["batch_topk", "jump_relu"])
+def test_a_run_of_an_earlier_version_has_the_rate_and_thresholds_of_its_time(kind, tmp_path):
+    new = from_dict({"sae": {"activation": {"kind": kind}}})
+    later = new.sae.activation.BEFORE
+    lines = to_toml(new).splitlines()
+    old = [line for line in lines if line.partition(" ")[0] not in later]
+    assert len(old) == len(lines) - len(later)
+    (tmp_path / "recipe.toml").write_text("\n".join(old))
+    assert recipes.load_recipe(tmp_path / "recipe.toml") == new
+    run = recipes.load_recipe_of_run(tmp_path / "recipe.toml")
+    assert {key: getattr(run.sae.activation, key) for key in later} == later
+    assert not set(later) & run.fingerprint()["sae"]["activation"].keys()
+    assert run.lr == pytest.approx(new.lr / 1.5) and run.sae.k_first == run.sae.k
+    assert set(later) <= new.fingerprint()["sae"]["activation"].keys()
 
 
 def test_a_changed_key_is_named_as_it_is_written_today():

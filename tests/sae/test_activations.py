@@ -102,11 +102,8 @@ def definition(
                 masked >= masked.sort(1, descending=True).values[:, k_aux - 1 : k_aux], masked, 0.0
             )
         )
-        loss = (
-            loss
-            + options.auxk_coef
-            * ((kept @ sae.W_dec - error).square().sum(1) / error.square().sum(1)).mean()
-        )
+        spread = (error - error.mean(0)).square().mean()
+        loss = loss + options.auxk_coef * (kept @ sae.W_dec - error).square().mean() / spread
     return loss, z
 
 
@@ -381,7 +378,10 @@ def test_a_given_threshold_is_in_the_unit_of_the_input():
             torch.Generator().manual_seed(0),
         )
         torch.testing.assert_close(sae.threshold.detach(), torch.full((64,), expected))
-        assert sae.activation.window(sae) == pytest.approx(0.1 * expected)
+        narrow = sae.activation.configured(R.JumpReLUConfig(bandwidth=0.001))
+        assert narrow.window(sae) == pytest.approx(0.1 * expected)
+        # By default 0.4 / sqrt(k) of the norm.
+        assert sae.activation.window(sae) == pytest.approx(20 * expected)
 
 
 @pytest.mark.parametrize("name", EVERY)

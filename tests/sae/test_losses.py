@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ksparse.config import SAEConfig as Options
+from ksparse.sae.joint import Joint
 from ksparse.sae.losses import LossInputs, finite_or_zero, losses, relative_error
 from ksparse.sae.model import SAE, Shape
 
@@ -201,12 +202,16 @@ def test_auxk_that_is_not_finite_counts_as_a_constant_0():
     assert finite_or_zero(kept) is kept
 
 
-@pytest.mark.parametrize("norm", ["token", "batch"])
-def test_auxk_of_a_perfect_reconstruction_stays_finite(norm):
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_auxk_of_a_perfect_reconstruction_stays_finite(by_batch):
     zero = torch.zeros(4, 3, dtype=torch.float64)
-    assert relative_error(zero, zero, norm) == 0
     one_perfect = torch.cat([zero[:1], torch.ones(3, 3, dtype=torch.float64)])
-    assert torch.isfinite(relative_error(zero, one_perfect, norm))
+
+    def error_of(rows):
+        return relative_error(zero, rows, Joint().spread(rows, 4) if by_batch else None)
+
+    assert error_of(zero) == 0
+    assert torch.isfinite(error_of(one_perfect))
 
 
 def test_multi_topk_does_not_alter_the_code_that_is_returned():

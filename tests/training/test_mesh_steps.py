@@ -37,6 +37,9 @@ KINDS = {
     "compiled, AuxK on a share by batch": NATIVE
     | {"sae": {"auxk_norm": "batch", "auxk_share": 0.4}},
     "Multi-TopK": {"sae": {"multi_topk": 0.125}},
+    "Multi-TopK, AuxK on a share by batch": {
+        "sae": {"multi_topk": 0.125, "auxk_norm": "batch", "auxk_share": 0.4}
+    },
     "prefixes": {"sae": {"prefixes": [50, 200]}},
     "drawn prefixes": {"sae": {"prefix_draws": 3}},
     "BatchTopK": {"sae": {"activation": {"kind": "batch_topk"}}},

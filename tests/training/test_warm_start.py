@@ -214,6 +214,18 @@ def test_a_run_resumed_while_k_falls_has_the_bits_of_one_that_was_not_stopped(
         assert torch.equal(tensor, ksparse.load(again).state_dict()[key])
 
 
+def test_jump_relu_begins_with_three_times_k_unless_told_otherwise(small_recipe, tmp_path):
+    jump = {"kind": "jump_relu"}
+    options = SAEConfig(n_latents=512, k=8, activation=jump)
+    assert [options.k_at(step, 100) for step in (1, 50, 100)] == [24, 8, 8]
+    assert SAEConfig(n_latents=512, k=8, k_start=8, activation=jump).k_at(1, 100) == 8
+    assert SAEConfig(n_latents=512, k=8, start="runs/a", activation=jump).k_at(1, 100) == 8
+    assert SAEConfig(n_latents=10, k=8, activation=jump).k_at(1, 100) == 10
+    assert SAEConfig(n_latents=512, k=8).k_at(1, 100) == 8
+    run = train(small_recipe({"sae.activation": jump, "tokens": 40 * 64}), tmp_path / "run")
+    assert run.metrics()[0]["l0"] > 8 and ksparse.load(run).k == 4
+
+
 @pytest.mark.parametrize("changes", [{"k_start": 600}, {"k_start": -1}, {"k_anneal": 0.0}])
 def test_a_schedule_of_k_that_cannot_be_is_refused(changes):
     with pytest.raises(InputError, match=f"sae.{next(iter(changes))} is"):

@@ -6,6 +6,7 @@ schema        Recipe and its sections
 serialize     recipes as TOML and as dictionaries
 keywords      recipes from a file, a dictionary or flat keywords
 evaluation    EvalConfig and StudyConfig
+planted       activations made of known features
 """
 
 from ksparse.config.activations import (
@@ -21,6 +22,7 @@ from ksparse.config.activations import (
 )
 from ksparse.config.keywords import recipe_of
 from ksparse.config.options import LARGEST, Config, check_fields, flat, plain, preview
+from ksparse.config.planted import Planted
 from ksparse.config.schema import (
     CONTROLS,
     LATER_ACTS,
@@ -41,6 +43,7 @@ from ksparse.config.serialize import (
     differences,
     from_dict,
     load_recipe,
+    load_recipe_of_run,
     read_toml,
     to_dict,
     to_toml,
@@ -62,6 +65,7 @@ __all__ = [
     "JumpReLUConfig",
     "MeshConfig",
     "OptimConfig",
+    "Planted",
     "ProLUConfig",
     "ReLUConfig",
     "Recipe",
@@ -77,6 +81,7 @@ __all__ = [
     "from_dict",
     "k_aux",
     "load_recipe",
+    "load_recipe_of_run",
     "plain",
     "preview",
     "read_toml",

@@ -7,6 +7,7 @@ with a written-out gradient computes it, and how it bounds the number of active 
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -41,6 +42,8 @@ class ActivationOptions(Config):
 
     REVIVAL: ClassVar[Literal["auxk", "resample"] | None] = None
     """How dead latents are revived: by the AuxK loss, by resampling, or not at all."""
+    BEFORE: ClassVar[dict[str, float]] = {}
+    """Keys that runs of earlier versions do not have, with the values that they were trained by."""
     WRITTEN_OUT: ClassVar[bool] = False
     """Whether the explicit, native and triton steps compute it; any other needs autograd."""
     BOUND: ClassVar[str] = "as many of them active as its penalty leaves"
@@ -60,6 +63,14 @@ class ActivationOptions(Config):
                 "AuxK but sae.activation.resample; leave it out"
             )
 
+    def law_factor(self) -> float:
+        """Return the learning rate by the law of `optim.lr_at_32k`, as a multiple of TopK's."""
+        return 1.0
+
+    def first_k(self, k: int) -> int:
+        """Return the active latents per token at the first step, where `sae.k_start` is 0."""
+        return k
+
     def penalty_share(self, step: int, steps: int) -> float:
         """Return the share of its full weight that the penalty has in a step (from 1) of a run."""
         return 1.0
@@ -72,6 +83,11 @@ class ActivationOptions(Config):
         for name in names:
             if (value := getattr(self, name)) < 0:
                 raise InputError(f"sae.activation.{name} is {value}; it must not be negative")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) <= 0:
+                raise InputError(f"sae.activation.{name} is {value}; it must be above 0")
 
     def _check_share(self, name: str, *, below_1: bool = False) -> None:
         self._check_not_negative(name)
@@ -132,6 +148,7 @@ class BatchTopKConfig(ActivationOptions):
     """
 
     REVIVAL = "auxk"
+    BEFORE: ClassVar[dict[str, float]] = {"rate": 1.0}
     BOUND = "{k} of them active on average"
 
     kind: Literal["batch_topk"] = "batch_topk"
@@ -140,11 +157,17 @@ class BatchTopKConfig(ActivationOptions):
     """Decay of the running average, over steps, of the smallest value that a batch keeps. Training
     uses it only to find the largest values faster. The threshold in use is set at each checkpoint,
     so that the saved weights have an L0 of k on the last batch."""
+    rate: float = 1.5
+    """Learning rate by the law of optim.lr_at_32k, as a multiple of TopK's (docs/lab-book.md)."""
 
     def check(self, sae: SAEKeys) -> None:
-        """Raise InputError for a decay outside [0, 1)."""
+        """Raise InputError for a decay outside [0, 1), and a rate of 0."""
         self._check_share("threshold_decay", below_1=True)
+        self._check_positive("rate")
         super().check(sae)
+
+    def law_factor(self) -> float:
+        return self.rate
 
 
 @dataclass(frozen=True)
@@ -205,6 +228,7 @@ class JumpReLUConfig(ActivationOptions):
     """
 
     REVIVAL = "auxk"
+    BEFORE: ClassVar[dict[str, float]] = {"rate": 1.0, "release": 0.0, "start_l0": 1.0}
     BOUND = "about {k} of them active at a time"
 
     kind: Literal["jump_relu"] = "jump_relu"
@@ -213,28 +237,50 @@ class JumpReLUConfig(ActivationOptions):
     """target: coef x (L0 / k - 1)^2, so that training aims at an L0 of sae.k. l0: coef x L0 / k."""
     coef: float = 1.0
     """Weight of the penalty."""
-    bandwidth: float = 0.001
-    """Width of the window around a threshold within which it gets a gradient, for inputs of norm 1
-    (the original's); it scales with the norm of the input."""
+    bandwidth: float = 0.0
+    """Width of the window around a threshold within which it gets a gradient, for inputs of norm 1;
+    it scales with the norm of the input. 0: 0.4 / sqrt(k), near half the size of a value. Into the
+    original's 0.001 too few values of a batch of thousands fall for thresholds to move
+    (docs/lab-book.md)."""
     threshold: float = 0.0
-    """Where all thresholds start, for inputs of norm 1; 0: where sae.k latents are active, on a
-    sample."""
+    """Where all thresholds start, for inputs of norm 1; 0: where as many latents are active, on
+    a sample, as at the first step."""
     warmup: float = 0.05
     """Share of the steps over which the penalty rises linearly from 0."""
+    release: float = 0.05
+    """Share by which the threshold of a dead latent falls in every step until the latent fires:
+    AuxK trains its weights, but its threshold has no gradient. 0: it stays."""
+    start_l0: float = 3.0
+    """L0 at the first step as a multiple of k, where sae.k_start is 0; it goes to k over
+    sae.k_anneal."""
+    rate: float = 1.5
+    """Learning rate by the law of optim.lr_at_32k, as a multiple of TopK's (docs/lab-book.md)."""
 
     def check(self, sae: SAEKeys) -> None:
         """Raise InputError for numbers out of range."""
-        self._check_not_negative("coef", "threshold")
-        if self.bandwidth <= 0:
-            raise InputError(
-                f"sae.activation.bandwidth is {self.bandwidth}; it must be above 0, or thresholds "
-                "would never move"
-            )
+        self._check_not_negative("bandwidth", "coef", "threshold")
+        self._check_share("release", below_1=True)
+        self._check_positive("start_l0", "rate")
         self._check_share("warmup")
         super().check(sae)
 
     def penalty_share(self, step: int, steps: int) -> float:
         return _linear_rise(self.warmup, step, steps)
+
+    def law_factor(self) -> float:
+        return self.rate
+
+    def first_k(self, k: int) -> int:
+        return max(1, round(self.start_l0 * k))
+
+    def window(self, k: int) -> float:
+        """Return the width of the window, for inputs of norm 1 and an L0 of k.
+
+        Example:
+            >>> round(JumpReLUConfig().window(k=36), 3), JumpReLUConfig(bandwidth=0.02).window(36)
+            (0.067, 0.02)
+        """
+        return self.bandwidth or 0.4 / math.sqrt(k)
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ class SAEConfig(Config):
     """Number of latents."""
     k: int = 32
     """Active latents per token. For batch_topk this is the average over a batch; for jump_relu the
-    L0 at the start and the target. For relu, gated and prolu it does not limit training, and is
+    L0 that training aims at. For relu, gated and prolu it does not limit training, and is
     the k used by analyses that need one."""
     activation: ActivationConfig = field(default_factory=TopKConfig)
     """Activation function, with options of its own."""
@@ -198,7 +198,8 @@ class SAEConfig(Config):
     averages and dead counters begin anew."""
     k_start: int = 0
     """Active latents per token at the first step, from which the number goes to `k` in equal ratios
-    over `k_anneal`; 0: `k` from the start."""
+    over `k_anneal`; 0: `k` from the start, and with jump_relu sae.activation.start_l0 times
+    as many (not where `start` names an SAE)."""
     k_anneal: float = 0.5
     """Share of the steps, from the first, over which `k_start` becomes `k`."""
     auxk_coef: float = 1 / 32
@@ -210,9 +211,10 @@ class SAEConfig(Config):
     auxk_share: float = 1.0
     """Share of a batch on which AuxK is computed, from its start. Batches are shuffled, so this is
     a random sample; AuxK's cost falls in proportion (paper: 1)."""
-    auxk_norm: Literal["token", "batch"] = "token"
+    auxk_norm: Literal["auto", "token", "batch"] = "auto"
     """Normalization of the AuxK error. token (paper): divide by the squared norm of the error, per
-    token. batch (official code): divide by the variance of the error over the batch."""
+    token. batch (official code): divide by the variance of the error over the batch, so that tokens
+    that are badly reconstructed count more. auto: token for topk, batch for the other kinds."""
     dead_after: int = 0
     """Tokens without activation after which a latent counts as dead; 0: 10 million as in the
     paper, or 1/32 of the tokens of a shorter run."""
@@ -298,13 +300,22 @@ class SAEConfig(Config):
             >>> [options.k_at(step, 100) for step in (1, 25, 50, 51, 100)]
             [128, 32, 8, 8, 8]
         """
-        if not self.k_start:
+        first = self.k_first
+        if first == self.k:
             return self.k
         stages = 20
         done = step / max(1.0, self.k_anneal * steps)
         share = min(1.0, math.floor(done * stages) / stages)
-        k: float = self.k_start * (self.k / self.k_start) ** share
+        k: float = first * (self.k / first) ** share
         return round(k)
+
+    @property
+    def k_first(self) -> int:
+        """Active latents per token at the first step: `k_start`, or what the activation begins
+        with."""
+        if self.k_start or self.start:
+            return self.k_start or self.k
+        return min(self.n_latents, self.activation.first_k(self.k))
 
     @property
     def bound(self) -> str:
@@ -322,6 +333,19 @@ class SAEConfig(Config):
         """Whether some weights are frozen or held near their start values, which the compiled steps
         cannot do."""
         return self.freeze != "none" or self.decoder_cosine_min > 0
+
+    @property
+    def auxk_divisor(self) -> Literal["token", "batch"]:
+        """What the AuxK error is divided by: `auxk_norm`, or what it is for this activation.
+
+        Example:
+            >>> from ksparse.config import BatchTopKConfig
+            >>> SAEConfig().auxk_divisor, SAEConfig(activation=BatchTopKConfig()).auxk_divisor
+            ('token', 'batch')
+        """
+        if self.auxk_norm != "auto":
+            return self.auxk_norm
+        return "token" if self.activation.kind == "topk" else "batch"
 
     @property
     def uses_auxk(self) -> bool:
@@ -348,7 +372,8 @@ class OptimConfig(Config):
     SECTION = "optim."
 
     lr: float = 0.0
-    """Learning rate; 0: lr_at_32k x sqrt(32,768 / n_latents), the law of section 3.2."""
+    """Learning rate; 0: lr_at_32k x sqrt(32,768 / n_latents), the law of section 3.2, times
+    sae.activation.rate for batch_topk and jump_relu."""
     lr_at_32k: float = 8e-4
     """Learning rate of that law at 32,768 latents. The paper's is 2e-4 to 4e-4 for training to
     convergence, and about four times as large for a fixed amount of compute, as here."""
@@ -618,8 +643,10 @@ class Recipe(Config):
 
     @property
     def lr(self) -> float:
-        """The learning rate: `optim.lr`, or the 1 / sqrt(n) law of section 3.2."""
-        return self.optim.lr or self.optim.lr_at_32k * math.sqrt(32_768 / self.sae.n_latents)
+        """The learning rate: `optim.lr`, or the 1 / sqrt(n) law of section 3.2, times what the
+        activation takes of it."""
+        law = self.optim.lr_at_32k * math.sqrt(32_768 / self.sae.n_latents)
+        return self.optim.lr or self.sae.activation.law_factor() * law
 
     @property
     def data_seed(self) -> int:
@@ -664,6 +691,10 @@ class Recipe(Config):
         # The old name of the key: checkpoints and the names of sweep folders were made with it.
         table["optim"]["screen"] = table["optim"].pop("approx_topk")
         # Later keys are left out at their defaults, so that older runs keep their names.
+        table["sae"]["auxk_norm"] = self.sae.auxk_divisor
+        for key, before in self.sae.activation.BEFORE.items():
+            if table["sae"]["activation"][key] == before:
+                del table["sae"]["activation"][key]
         later = ("prefixes", "prefix_draws", "prefix_loss", "start", "k_start", "k_anneal")
         lm_keys = ("lm_loss", "lm_share", "lm_balance")
         for key in (*later, *lm_keys, *CONTROLS["sae"]):

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from ksparse.config.activations import ACTIVATION_CONFIGS
 from ksparse.config.options import RENAMED_KEYS, build, flat, plain
 from ksparse.config.schema import Recipe, suggesting_keys
 from ksparse.errors import InputError
@@ -27,6 +28,22 @@ def load_recipe(path: Path | str) -> Recipe:
             recipe has.
     """
     return from_dict(read_toml(path, "recipe"), where=f" in {path}")
+
+
+def load_recipe_of_run(path: Path | str) -> Recipe:
+    """Read the recipe that a run was begun with, which has every key: one that it lacks came
+    later, and stands at what it was before it was an option.
+
+    Raises:
+        InputError: as `load_recipe`.
+    """
+    table = read_toml(path, "recipe")
+    sae = table.get("sae")
+    activation = sae.get("activation") if isinstance(sae, dict) else None
+    if isinstance(sae, dict) and isinstance(activation, dict):
+        options = ACTIVATION_CONFIGS.get(str(activation.get("kind")))
+        sae["activation"] = {**(options.BEFORE if options else {}), **activation}
+    return from_dict(table, where=f" in {path}")
 
 
 def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:

@@ -498,7 +498,7 @@ def _forward_calls(case: PlanInput, rank: RankShape) -> list[Collective]:
     terms = 2 + bool(sae.multi_topk) + sae.uses_auxk + (len(sae.prefixes) or bool(prefixes))
     terms += (kind not in ("topk", "batch_topk")) + (kind == "gated")
     losses = [8] * (2 if rank.dead else 1) if explicit else [4 * terms]
-    by_batch = explicit and rank.dead and case.recipe.sae.auxk_norm == "batch"
+    by_batch = sae.uses_auxk and rank.dead and sae.auxk_divisor == "batch"
     return [
         _call("all_gather", "latent", "counts", 8 if rank.auxk else 0),
         _call("all_gather", "latent", "values", *values),

@@ -38,6 +38,15 @@ class Joint:
         """Return the mean of a value over the parts of the batch, which are of equal size."""
         return value
 
+    def spread(self, rows: Tensor, number: int) -> Tensor:
+        """Return the variance of rows of the batch, averaged over components.
+
+        Args:
+            rows: [<= number, d], those of this process.
+            number: how many all processes have.
+        """
+        return (rows - rows.mean(0)).square().mean()
+
     def least(self, value: Tensor) -> Tensor:
         """Return the least of the values of all processes."""
         return value

@@ -80,6 +80,7 @@ class LossInputs:
         dead: indices of the latents that are dead now; may be empty.
         k_aux: how many of them AuxK uses per token.
         auxk_tokens: AuxK is the mean over this many first tokens of the batch; all if None.
+        auxk_of: how many tokens those are in all processes; None: in this one.
         auxk_weight: factor of AuxK where the batch is a part of a larger one.
         penalty_share: the share of its full weight that a penalty has in this step.
         seed: a function of the recipe's seed and the step, for terms that draw at random.
@@ -91,6 +92,7 @@ class LossInputs:
     dead: Tensor
     k_aux: int
     auxk_tokens: int | None = None
+    auxk_of: int | None = None
     auxk_weight: float = 1.0
     penalty_share: float = 1.0
     seed: int = 0
@@ -238,28 +240,31 @@ def auxk(sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs) -> LossT
         raise ValueError("AuxK selects among pre-activations, which this pass does not have")
     options, counted = inputs.options, slice(inputs.auxk_tokens)
     x, recon, pre_acts = x[counted], result.recon[counted], result.pre_acts[counted]
-    loss = x.new_zeros(())
-    if sae.count(inputs.dead) and len(x):
-        predicted = sae.decoder(sae.code(x, pre_acts, inputs.k_aux, among=inputs.dead))
-        loss = finite_or_zero(relative_error(predicted, (x - recon).detach(), options.auxk_norm))
+    loss, error = x.new_zeros(()), (x - recon).detach()
+    of = len(x) if inputs.auxk_of is None else inputs.auxk_of
+    if sae.count(inputs.dead) and of:
+        by_batch = options.auxk_divisor == "batch"
+        spread = sae.joint.spread(error, of) if by_batch else None  # of all processes
+        if len(x):
+            predicted = sae.decoder(sae.code(x, pre_acts, inputs.k_aux, among=inputs.dead))
+            loss = finite_or_zero(relative_error(predicted, error, spread))
     return LossTerm(inputs.auxk_weight * loss, options.auxk_coef)
 
 
-def relative_error(predicted: Tensor, error: Tensor, norm: str) -> Tensor:
+def relative_error(predicted: Tensor, error: Tensor, spread: Tensor | None = None) -> Tensor:
     """Return ||e - ê||² relative to the size of e.
 
     Args:
         predicted: ê[b, d], the decoding of the dead latents' code without bias.
         error: e[b, d], detached.
-        norm: 'token', relative to each token's own ||e||² (section A.2), or 'batch', relative to
-            the variance over the batch, as in the official code.
+        spread: what it is relative to: the variance over the batch, as in the official code; None:
+            each token's own ||e||² (section A.2).
     """
     tiny = torch.finfo(error.dtype).tiny
-    if norm == "token":
+    if spread is None:
         return (
             (predicted - error).square().sum(-1) / error.square().sum(-1).clamp_min(tiny)
         ).mean()
-    spread = (error - error.mean(0)).square().mean()
     return (predicted - error).square().mean() / spread.clamp_min(tiny)
 
 

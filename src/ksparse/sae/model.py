@@ -189,10 +189,18 @@ class SAE(nn.Module):
         return dict(self.metadata.get("origin") or self.metadata.get("acts") or {})
 
     @property
+    def input_rms(self) -> float:
+        """The root mean square of a component of normalised inputs. Biases and thresholds live on
+        this scale. Of inputs that are left as they are it was measured when training began."""
+        measured = self.metadata.get("input_rms")
+        if isinstance(measured, float) and 0 < measured < math.inf:
+            return measured
+        return input_rms(self.shape.normalize, self.shape.d_model)
+
+    @property
     def input_norm(self) -> float:
-        """The norm of a typical normalised input: 1 with unit_norm, else sqrt(d_model)."""
-        d_model = self.shape.d_model
-        norm: float = input_rms(self.shape.normalize, d_model) * d_model**0.5
+        """The norm of a typical normalised input: 1 with unit_norm, else input_rms sqrt(d)."""
+        norm: float = self.input_rms * self.shape.d_model**0.5
         return norm
 
     # ---- for users: the LM and the latents

@@ -206,6 +206,13 @@ class MeshJoint(Joint):
     def mean(self, name: str, value: Tensor) -> Tensor:
         return self._reduced(name, value, "data")
 
+    def spread(self, rows: Tensor, number: int) -> Tensor:
+        if self.mesh.data == 1:
+            return super().spread(rows, number)
+        mean = self.mesh.all_reduce_sum("spread", rows.sum(0), "data") / number
+        squares = self.mesh.all_reduce_sum("spread", (rows - mean).square().sum(), "data")
+        return squares / (number * rows.shape[1])
+
     def _reduced(self, name: str, share: Tensor, axis: str) -> Tensor:
         if self.mesh.axis_size(axis) == 1:
             return share

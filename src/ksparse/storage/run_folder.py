@@ -248,7 +248,9 @@ class RunFolder:
                 else f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out "
                 f"{self.path}` makes one; `ksparse eval SAE --out DIR` judges any other SAE"
             )
-        return config.load_recipe(self.recipe_file)
+        if self.environment_file.is_file() or self.has_results():
+            return config.load_recipe_of_run(self.recipe_file)
+        return config.load_recipe(self.recipe_file)  # put there by hand
 
     # ---- results of an SAE that was not trained here
 

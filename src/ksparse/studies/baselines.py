@@ -43,9 +43,6 @@ MULTI = 1 / 8
 """Weight of the loss at 4k (section 5.3)."""
 PREFIX_SHARES = (16, 8, 4, 2)
 """Matryoshka's prefixes: n over each of these, besides all latents."""
-BANDWIDTH = 0.03
-"""Width of JumpReLU's window. Into the original's 0.001 too few values fall for thresholds to move
-in a run of this length (docs/lab-book.md)."""
 L1 = {"ReLU": 0.02, "Gated": 0.02, "ProLU-STE": 0.01, "ProLU-ReLU": 0.02}
 """Middle penalty weights, which bring L0 near 32 on the built-in LM (docs/lab-book.md)."""
 
@@ -120,7 +117,7 @@ def recipes(study: Study) -> dict[str, Recipe]:
             if n >= 2 * PREFIX_SHARES[0]:
                 prefixes = tuple(n // share for share in PREFIX_SHARES)
                 add("Matryoshka", BatchTopKConfig(), f"k{k}", k, prefixes=prefixes)
-            add("JumpReLU", JumpReLUConfig(bandwidth=BANDWIDTH), f"k{k}", k)
+            add("JumpReLU", JumpReLUConfig(), f"k{k}", k)
     penalised: dict[str, Callable[..., ActivationConfig]] = {
         "ReLU": ReLUConfig,
         "Gated": GatedConfig,

@@ -7,15 +7,14 @@ falls with n.
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Generator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ksparse.config import CurveConfig, Recipe
-from ksparse.data.base import ActivationBatch, Cursor
+from ksparse.data.generated import HELD_OUT as HELD_OUT_ROWS
+from ksparse.data.generated import GeneratedStream
 from ksparse.studies.study import Figure, Fitted, Study, StudyCurve, format_estimate, power_law
 from ksparse.training.source import ActivationSource
 
@@ -139,45 +138,22 @@ class GaussianSource(ActivationSource):
     @property
     def held_out(self) -> Tensor:
         """Held-out Gaussian rows [s, d]."""
-        return self.gaussian.rows(self.recipe.curve.held_out, -2)
+        return self.gaussian.rows(self.recipe.curve.held_out, HELD_OUT_ROWS)
 
 
-class GaussianStream:
-    """Batches of N(mean, covariance) of x[s, d]: a batch is a function of the seed and its step."""
+class GaussianStream(GeneratedStream):
+    """Rows of N(mean, covariance) of x[s, d]."""
+
+    NAME = "Gaussian data"
 
     def __init__(self, x: Tensor, *, batch: int, seed: int, device: torch.device):
-        self.batch, self.seed, self.device, self.d_model = batch, seed, device, x.shape[1]
-        self.cancel = threading.Event()
+        super().__init__(x.shape[1], batch=batch, seed=seed, device=device)
         self.mean = x.mean(0)
         values, vectors = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / (len(x) - 1))
         # The covariance of normalised activations does not have full rank.
         self.root = vectors * values.clamp_min(0).sqrt()
 
     def rows(self, count: int, number: int) -> Tensor:
-        """Return `count` rows [count, d], a function of the seed and a number."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number + 3)
         noise = torch.randn(count, self.d_model, dtype=torch.float64, generator=generator)
         return (noise @ self.root.T + self.mean).float().to(self.device)
-
-    def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
-        """Yield batches without end, from the one after a cursor."""
-        step = cursor["step"] if cursor else 0
-        while True:
-            step += 1
-            yield ActivationBatch(
-                self.rows(self.batch, step),
-                torch.zeros(self.batch, dtype=torch.long),
-                {"step": step},
-            )
-
-    def sample(self, rows: int) -> Tensor:
-        """Return rows for calibration."""
-        return self.rows(rows, -1)
-
-    def document_names(self, documents: Tensor) -> list[str]:
-        """Return a name for the report."""
-        return ["Gaussian data"]
-
-    def same_context_fraction(self) -> float | None:
-        """Return None: rows have no context to share."""
-        return None

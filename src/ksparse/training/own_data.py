@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ksparse.config import Recipe
+from ksparse.config import Planted, Recipe
 from ksparse.data.tensors import is_index, write_index
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.progress import report
@@ -35,7 +35,8 @@ def place(data: Any, recipe: Recipe, out: Path | str | None) -> tuple[Recipe, Pa
     """Make activations shards of a run.
 
     Args:
-        data: a folder or file; a numpy array or torch tensor [rows, d]; an iterator of them.
+        data: a folder or file; a numpy array or torch tensor [rows, d]; an iterator of them;
+            planted features, which are drawn as they are needed and kept nowhere.
         recipe: what to train, without `acts.shards`.
         out: the run's folder; by default runs/HASH, with a hash of the recipe and the data. An
             iterator needs one.
@@ -58,6 +59,10 @@ def place(data: Any, recipe: Recipe, out: Path | str | None) -> tuple[Recipe, Pa
             "data is for one process; write it to a folder, index that with `ksparse shard --from "
             "DIR`, and give every process acts.shards = DIR"
         )
+    if isinstance(data, Planted):
+        text = data.to_text()
+        recipe = dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, text=text))
+        return recipe, Path(out or _name(recipe, text))
     if isinstance(data, (str, Path)):
         if (Path(data) / checksums.MANIFEST).is_file():  # shards, or indexed already
             name = str(data)
@@ -67,7 +72,7 @@ def place(data: Any, recipe: Recipe, out: Path | str | None) -> tuple[Recipe, Pa
     if not isinstance(data, (np.ndarray, Tensor)) and not isinstance(data, Iterable):
         raise InputError(
             f"data is of type {type(data).__name__}; give a folder, an array or tensor [rows, d], "
-            "or an iterator of them"
+            "an iterator of them, or ksparse.config.Planted"
         )
     if isinstance(data, (np.ndarray, Tensor)):
         _check(data, "data")

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ksparse.config import ActsConfig, Recipe
+from ksparse.config import ActsConfig, Planted, Recipe
 from ksparse.data.base import ActivationBatch, ActivationStream, Cursor
 from ksparse.data.contexts import Corpus
+from ksparse.data.generated import HELD_OUT, GeneratedStream
 from ksparse.data.live import COMPUTING, LiveStream
+from ksparse.data.planted import PlantedFeatures, PlantedStream
 from ksparse.data.prefetch import Prefetcher
 from ksparse.data.sharded import ShardStream, open_shards
 from ksparse.data.tensors import Tensors
@@ -171,6 +173,8 @@ class ActivationSource:
         """Raw activations [`curve.held_out`, d_model] of the held-out documents. Read it before the
         stream, which may run the LM in a thread."""
         rows, recipe = self.recipe.curve.held_out, self.recipe
+        if isinstance(self.source, GeneratedStream):
+            return self.source.rows(rows, HELD_OUT)
         if isinstance(self.source, ShardStream) and isinstance(self.source.shards, Tensors):
             apart = Tensors(self.source.shards.folder, "validation")
             return ShardStream(apart, batch=rows, seed=0, device=self.device).sample(rows)
@@ -203,6 +207,12 @@ def open_stream(
         InputError: if shards do not fit the recipe, or the shuffle buffer is less than one batch.
     """
     acts = recipe.acts
+    if planted := Planted.from_text(acts.text):
+        features = PlantedFeatures(planted)
+        return (
+            PlantedStream(features, batch=recipe.batch, seed=recipe.data_seed, device=device),
+            {},
+        )
     if acts.shards:
         report("reading activations")
         shards = open_shards(acts.shards)

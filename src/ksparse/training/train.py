@@ -21,7 +21,15 @@ import torch
 
 from ksparse import display, distributed
 from ksparse import progress as reports
-from ksparse.config import ActsConfig, Recipe, check_schedule, differences, recipe_of, to_toml
+from ksparse.config import (
+    ActsConfig,
+    Planted,
+    Recipe,
+    check_schedule,
+    differences,
+    recipe_of,
+    to_toml,
+)
 from ksparse.data.shards import Shards
 from ksparse.data.tensors import is_index
 from ksparse.device import resolve_device
@@ -64,7 +72,7 @@ def train(
         out: the run's folder; runs/HASH by default, with a hash of the recipe.
         data: activations to train on in place of an LM's: a numpy array or torch tensor [rows, d],
             an iterator of them, which is written to the run's folder first, or a folder or file
-            (docs/own-activations.md).
+            (docs/own-activations.md); or known features, `ksparse.config.Planted` (docs/kinds.md).
         observe: called with each row of metrics.
         trust_remote_code: allow code that comes with the LM to run, during this call.
         progress: show how far it is on standard error: a bar on a terminal, one line in a notebook,
@@ -252,9 +260,12 @@ def shared_stream(recipes: Sequence[Recipe]) -> Recipe:
 
 
 def _with_lm_dtype(recipe: Recipe, device: str) -> Recipe:
-    """Return a recipe that says in which precision its LM runs; of shards, in which it ran; and of
-    tensors that anybody made, no LM unless one was given."""
+    """Return a recipe that says in which precision its LM runs; of shards, in which it ran; of
+    tensors that anybody made, no LM unless one was given; and of planted features none."""
     acts = recipe.acts
+    if Planted.from_text(acts.text):
+        acts = dataclasses.replace(acts, lm="", site="", lm_dtype="float32")
+        return dataclasses.replace(recipe, acts=acts)
     if acts.shards and is_index(acts.shards):
         lm, site, text = (
             "" if getattr(acts, key) == getattr(ActsConfig, key) else getattr(acts, key)

@@ -107,7 +107,7 @@ class SAETrainer:
         """
         state, recipe = self.state, self.recipe
         state.step += 1
-        if recipe.sae.k_start:
+        if recipe.sae.k_first != recipe.sae.k:
             self.optimizer.set_k(recipe.sae.k_at(state.step, recipe.steps))
         if self.source.lm_loss is not None:
             self.optimizer.lm_loss = self.source.lm_loss.of(self.optimizer.sae, recipe.sae, batch)
@@ -279,6 +279,8 @@ def start(
         "dead_after": recipe.dead_after,
         "ksparse": version("ksparse"),
     }
+    if shape.normalize == "none":
+        metadata["input_rms"] = calibration.x.cpu().double().square().mean().sqrt().item()
     sae = new_sae(shape, metadata, mesh, recipe.mesh.capacity).to(source.device)
     sample, b_pre = calibration.x.to(sae.W_enc.device), source.center(recipe.sae.b_pre_init)
     initialize_(sae, sample, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=b_pre)
@@ -290,7 +292,9 @@ def start(
     log.info(
         "learning rate %.2g (%s); latents are dead after %s tokens",
         recipe.lr,
-        "given" if recipe.optim.lr else f"{recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)",
+        "given"
+        if recipe.optim.lr
+        else f"{recipe.sae.activation.law_factor() * recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)",
         f"{recipe.dead_after:,}",
     )
     state = TrainState(

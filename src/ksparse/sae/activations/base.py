@@ -218,6 +218,13 @@ class Activation(nn.Module, Generic[Options_co]):
     def constrain_(self) -> None:
         """Bring its tensors back into their domain after a step, in place."""
 
+    def revive_(self, dead: Tensor) -> None:
+        """Let dead latents fire more easily after a step, in place.
+
+        Args:
+            dead: Indices of the latents that were dead in the step.
+        """
+
     def follow_(self, sae: Host, code: Code, updates: int) -> None:
         """Update its followed statistics from the code of a step, in place.
 

@@ -35,7 +35,7 @@ class JumpReLU(Activation[JumpReLUConfig]):
 
     def window(self, sae: Host) -> float:
         """Return the width of the window, in the unit of this SAE's inputs."""
-        return self.options.bandwidth * sae.input_norm
+        return self.options.window(sae.k) * sae.input_norm
 
     def values(self, sae: Host, listed: SparsePreActs) -> Tensor:
         a = listed.products + listed.gather(sae.b_enc)
@@ -70,6 +70,10 @@ class JumpReLU(Activation[JumpReLUConfig]):
     @torch.no_grad()
     def constrain_(self) -> None:
         self.threshold.clamp_(min=0.0)  # a value below 0 is no activation
+
+    @torch.no_grad()
+    def revive_(self, dead: Tensor) -> None:
+        self.threshold[dead] *= 1 - self.options.release
 
 
 def _window(a: Tensor, threshold: Tensor, width: float) -> Tensor:

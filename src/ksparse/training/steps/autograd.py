@@ -19,7 +19,6 @@ from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.limits import PRE_ACTS
 from ksparse.sae.losses import LMPull, Losses, LossInputs, losses
 from ksparse.sae.model import SAE, Code
-from ksparse.sae.normalization import input_rms
 from ksparse.training.resample import resample_dead, resampling
 
 FROZEN: dict[str, tuple[str, ...]] = {
@@ -45,7 +44,7 @@ class AutogradStep:
         self.activation = sae.activation.configured(recipe.sae.activation)
         # Adam's steps are absolute and biases live on the scale of the input, so their rate is in
         # its unit: training is then the same whichever normalisation fixes that scale.
-        biases = recipe.lr * input_rms(sae.shape.normalize, sae.shape.d_model)
+        biases = recipe.lr * sae.input_rms
         self.frozen = FROZEN[recipe.sae.freeze]
         for key, weight in sae.named_parameters():
             weight.requires_grad_(key not in self.frozen and (key != "b_enc" or recipe.sae.b_enc))
@@ -75,6 +74,8 @@ class AutogradStep:
         self.lm_loss: Callable[[Tensor], LMPull] | None = None
         """The loss of the LM for reconstructions [b, d] of the coming batch, where the recipe has
         it."""
+        self.dead = torch.zeros(0, dtype=torch.long)
+        """The latents that are dead in this step."""
         self.seen: tuple[Tensor, Code, Tensor] | None = None
         """The batch of this step (x, code, dead), where the step updates more than weights."""
         self.batch: Tensor | None = None
@@ -105,12 +106,15 @@ class AutogradStep:
         pulls = self._lm_pulls(parts, baseline)
         for part, pull in zip(parts, pulls, strict=True):
             share, counted = len(part) / batch_size, min(len(part), max(0, aux_tokens - at))
+            starts = range(at % len(x), batch_size, len(x))  # of this part in all processes
+            of = sum(min(len(part), max(0, aux_tokens - start)) for start in starts)
             inputs = LossInputs(
                 options,
                 baseline,
                 dead,
                 k_aux,
                 auxk_tokens=counted,
+                auxk_of=of,
                 auxk_weight=counted / aux_tokens / share,
                 penalty_share=self.penalty_share,
                 seed=step_seed(self.updates + 1, self.recipe),
@@ -123,6 +127,7 @@ class AutogradStep:
             scalars.append(torch.stack((result.total, *result.terms.values())).detach() * share)
             codes.append(Code(*(field.detach() for field in result.code)))
         code = Code.concat(codes)
+        self.dead = dead
         self.seen = (
             (x, code, dead)
             if self.activation.followed or resampling(self.updates + 1, self.recipe)
@@ -197,6 +202,7 @@ class AutogradStep:
         self.adam.zero_grad()
         self._constrain_decoder(self.sae)
         self.activation.constrain_()
+        self.activation.revive_(self.dead)
         self.updates += 1
         for key, weight in self.sae.named_parameters():
             if key in self.average:

@@ -242,11 +242,11 @@ class ExplicitStep(AutogradStep):
         difference = self.mesh.all_reduce_sum("recon", predicted, "latent").add_(
             error
         )  # the prediction less x - recon
-        if options.auxk_norm == "token":
+        if options.auxk_divisor == "token":
             weights = 1 / error.square().sum(1).clamp_min(tiny) / tokens
         else:
             weights = (
-                1 / (self._spread(error, tokens).clamp_min(tiny) * tokens * error.shape[1])
+                1 / (self.sae.joint.spread(error, tokens).clamp_min(tiny) * tokens * error.shape[1])
             ).expand(len(error))
         loss = self.mesh.all_reduce_sum(
             "loss", (difference.square().sum(1) * weights).double().sum(), "data"
@@ -254,16 +254,6 @@ class ExplicitStep(AutogradStep):
         finite = torch.isfinite(loss)  # a tensor, so that the host need not wait for the device
         return torch.where(finite, loss, 0.0), torch.where(
             finite, difference.mul_((2 * options.auxk_coef * weights)[:, None]), 0.0
-        )
-
-    def _spread(self, error: Tensor, tokens: int) -> Tensor:
-        """Return the variance over `tokens` of the batch, averaged over components, from this
-        process's error[<= tokens, d]."""
-        if self.mesh.data == 1:
-            return (error - error.mean(0)).square().mean()
-        mean = self.mesh.all_reduce_sum("spread", error.sum(0), "data") / tokens
-        return self.mesh.all_reduce_sum("spread", (error - mean).square().sum(), "data") / (
-            tokens * error.shape[1]
         )
 
     def _buffer(
