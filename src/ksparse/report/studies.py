@@ -95,7 +95,8 @@ def describe_setup(study: dict[str, Any]) -> list[str]:
     if isinstance(machine, dict) and machine.get("versions"):
         versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
         gpus = ", ".join(machine.get("gpus", ())) or "no GPU"
-        lines.append(f"machine: {machine.get('threads')} threads, {gpus}; {versions}")
+        threads = machine.get("threads")
+        lines.append(f"machine: {threads} thread{'s' * (threads != 1)}, {gpus}; {versions}")
     return lines
 
 
