@@ -44,7 +44,7 @@ def test_the_contents_stay_in_sight_and_lead_to_each_section(
     browser.open(trained.report_file.as_uri())
     browser.js("document.documentElement.style.scrollBehavior = 'auto'")
     anchors = browser.js("return [...document.querySelectorAll('.contents a')].map((a) => a.hash)")
-    assert len(anchors) == 8
+    assert len(anchors) == 9
     for anchor in anchors:
         browser.js("location.hash = arguments[0]", anchor)
         _, top, _, _ = browser.js(BOX, f"{anchor} h2")

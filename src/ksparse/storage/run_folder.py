@@ -248,7 +248,8 @@ class RunFolder:
                 else f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out "
                 f"{self.path}` makes one; `ksparse eval SAE --out DIR` judges any other SAE"
             )
-        if self.environment_file.is_file() or self.has_results():
+        written = (self.environment_file, self.metrics_file)
+        if any(file.is_file() for file in written) or self.checkpoints():
             return config.load_recipe_of_run(self.recipe_file)
         return config.load_recipe(self.recipe_file)  # put there by hand
 
