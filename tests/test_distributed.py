@@ -55,6 +55,7 @@ def measured(tmp_path_factory):
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_mesh_trains_the_same_weights_up_to_rounding(measured):
     rows = [row for row in measured["rows"] if row["mesh"] != "reversed"]
     assert [(row["kind"], row["mesh"]) for row in rows] == [
@@ -66,18 +67,22 @@ def test_every_mesh_trains_the_same_weights_up_to_rounding(measured):
     assert all(row["dead"] > 0.1 for row in measured["rows"] if row["mesh"] == "reversed")
 
 
+@pytest.mark.slow
 def test_every_mesh_chooses_the_same_latents_in_the_first_step(measured):
     assert all(row["same_choice"] for row in measured["rows"] if row["mesh"] != "reversed")
 
 
+@pytest.mark.slow
 def test_a_run_stopped_on_a_mesh_goes_on_to_the_same_bits(measured):
     assert measured["resumed"] == {"4x1": True, "2x2": True, "1x4": True}
 
 
+@pytest.mark.slow
 def test_what_2x2_wrote_is_read_bit_for_bit_by_every_mesh(measured):
     assert measured["loaded"] == {"4x1": True, "2x2": True, "1x4": True, "1x1": True}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_slices_is_an_autoencoder_like_any_other(measured):
     run = RunFolder(Path(measured["folder"]) / "topk-2-2")
     assert sorted(file.name for file in run.checkpoints()[-1].iterdir()) == [
@@ -93,6 +98,7 @@ def test_a_checkpoint_by_slices_is_an_autoencoder_like_any_other(measured):
     assert sae.shape == Shape(D, N, K) and torch.allclose(sae.W_dec.norm(dim=1), torch.ones(N))
 
 
+@pytest.mark.slow
 def test_a_step_sends_what_the_formula_says(measured):
     sent = {
         row["mesh"]: row["sent"]
@@ -112,6 +118,7 @@ def test_a_step_sends_what_the_formula_says(measured):
         assert found.get("b_pre_encoder", 0) == (4 * D if latent > 1 else 0)
 
 
+@pytest.mark.slow
 def test_a_bounded_capacity_is_logged(measured):
     assert (
         measured["capacity"]["4x1"]["used_up"] is None
