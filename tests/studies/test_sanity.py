@@ -144,7 +144,8 @@ def test_the_page_answers_and_what_is_there_is_not_done_again(run, asked, monkey
     torch.testing.assert_close(frozen.W_dec, torch.nn.functional.normalize(start, dim=1))
     page = pages.write(path).read_text()
     assert "Is it better than a frozen decoder?" in page
-    assert study["command"].startswith(f"ksparse sanity {run.path} --controls seeds")
+    assert study["command"].startswith(f"ksparse sanity {run.path} ")
+    assert " --controls seeds frozen_decoder redrawn" in study["command"]
     assert {"stability", "tokens", "norms", "alignment", "absorption"} <= set(answers)
     stability = run.eval("stability")
     assert set(stability["of"]) == {"run", "seed1", "seed2"} and stability["seeds"][0] == "seed1"
