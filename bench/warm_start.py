@@ -16,6 +16,7 @@ import argparse
 import ast
 import json
 import logging
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,13 @@ def conversations() -> Iterator[list[dict[str, str]]]:
             tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue
+        lines = text.splitlines()
         for node in ast.walk(tree):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
-            source, words = ast.get_source_segment(text, node), ast.get_docstring(node)
-            if source and words and len(source) < 4000:
+            source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+            words = ast.get_docstring(node)
+            if words and len(source) < 4000:
                 asked = f"{node.name}: {words.splitlines()[0]}"
                 yield [
                     {"role": "user", "content": asked},
