@@ -133,7 +133,7 @@ def write_sites(
     with atomic.translate_oserrors(Path(parent)):
         manifests = {site: _open_manifest(folders[site], contents[site], corpus) for site in sites}
         complete = all(manifest["complete"] for manifest in manifests.values())
-        lm_batch = 0 if complete else choose_lm_batch(lm, corpus)
+        lm_batch = 0 if complete else choose_lm_batch(lm, corpus, sites)
         while not all(manifest["complete"] for manifest in manifests.values()):
             last = min(manifests.values(), key=lambda manifest: len(manifest["shards"]))
             number, done = len(last["shards"]), sum(shard["rows"] for shard in last["shards"])

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,6 +52,21 @@ log = logging.getLogger("ksparse")
 
 Saved = tuple[TrainState, AutogradStep]
 """What is restored of a run: its state, and its training step with the weights."""
+
+
+class Unfinished(NamedTuple):
+    """A run with steps left, and what was restored of it; None for a new one."""
+
+    run: RunFolder
+    recipe: Recipe
+    saved: Saved | None
+
+    @property
+    def state(self) -> TrainState | None:
+        """Its state, if it was restored."""
+        return self.saved[0] if self.saved else None
+
+
 MetricsCallback = Callable[[dict[str, Any]], None]
 
 
@@ -126,7 +141,8 @@ def train_many(
 ) -> list[RunFolder]:
     """Train SAEs that share one stream of activations; each run is what it would be alone.
 
-    The LM and the normalization run once for all. Runs may be new, unfinished at different steps,
+    The LM and the normalization run once for all. Recipes at several sites of the LM share its
+    passes, each of which reads them all, and have a shuffle buffer for each site. Runs may be new, unfinished at different steps,
     or finished: the stream starts where the run that is furthest behind needs it, and the others
     join at their own step. A run whose loss is not finite leaves; its error is raised when the
     others have finished.
@@ -163,16 +179,23 @@ def train_many(
         unfinished = _restore_unfinished(runs, recipes, torch.device(device), mesh)
         if not unfinished:
             return runs
-        source = open_source(shared, torch.device(device), *([mesh] if mesh.size > 1 else []))
+        groups = _by_site(unfinished)
+        sources = _open_sources(open_source, groups, torch.device(device), mesh)
         for run, _, saved in unfinished:
-            _check_unchanged(run, saved, source)
-        reports.expect(_expected_parts(source, unfinished))
-        trainers = [
-            SAETrainer(run, recipe, source, *(saved or start(recipe, source, mesh)), saver, observe)
-            for run, recipe, saved in unfinished
-        ]
+            _check_unchanged(run, saved, sources[0])
+        reports.expect(_expected_parts(sources, groups))
+        trainers: list[SAETrainer] = []
+        for source, group in zip(sources, groups):
+            trainers += (
+                SAETrainer(
+                    run, recipe, source, *(saved or start(recipe, source, mesh)), saver, observe
+                )
+                for run, recipe, saved in group
+            )
+            if len(groups) > 1:  # one sample in memory at a time
+                source.forget_calibration()
         mesh.on_rank0("room", lambda: _check_room(trainers))
-        _take_all_steps(trainers, source, signals)
+        _take_all_steps(trainers, sources[0], signals)
         saver.wait()
     for trainer in trainers:
         if trainer.failed:
@@ -180,17 +203,47 @@ def train_many(
     return runs
 
 
+def _by_site(unfinished: list[Unfinished]) -> list[list[Unfinished]]:
+    """Return runs grouped by their sites."""
+    groups: dict[str, list[Unfinished]] = {}
+    for one in unfinished:
+        groups.setdefault(one.recipe.acts.site, []).append(one)
+    return list(groups.values())
+
+
+def _open_sources(
+    open_source: Callable[..., ActivationSource],
+    groups: list[list[Unfinished]],
+    device: torch.device,
+    mesh: Mesh,
+) -> list[ActivationSource]:
+    """Open the activations of each group of runs, from one stream; the first has the stream."""
+    recipes = [group[0].recipe for group in groups]
+    several = {"sites": [recipe.acts.site for recipe in recipes]} if len(groups) > 1 else {}
+    first = open_source(recipes[0], device, *([mesh] if mesh.size > 1 else []), **several)
+    return [first.at(number, recipe) for number, recipe in enumerate(recipes)]
+
+
 def _expected_parts(
-    source: ActivationSource, unfinished: list[tuple[RunFolder, Recipe, Saved | None]]
+    sources: list[ActivationSource], groups: list[list[Unfinished]]
 ) -> dict[str, reports.Expected]:
-    """Return the work that runs have left, for `reports.expect`."""
-    states = [saved[0] if saved else None for _, _, saved in unfinished]
-    steps = [state.step if state else 0 for state in states]
-    behind = steps.index(min(steps))
-    last = max(recipe.steps for _, recipe, _ in unfinished)
-    tokens = sum(recipe.steps * recipe.batch for _, recipe, _ in unfinished)
-    state = states[behind]
-    return source.expected_parts(state.cursor if state else None, last - steps[behind], tokens)
+    """Return the work that runs have left, for `reports.expect`; each site is read in one pass of
+    the LM, to the last of them."""
+    everyone = [one for group in groups for one in group]
+    behind = min(everyone, key=lambda one: one.state.step if one.state else 0).state
+    steps = max(one.recipe.steps for one in everyone) - (behind.step if behind else 0)
+    parts: dict[str, reports.Expected] = {}
+    for source, group in zip(sources, groups):
+        tokens = sum(one.recipe.steps * one.recipe.batch for one in group)
+        found = source.expected_parts(behind.cursor if behind else None, steps, tokens)
+        for name, part in found.items():
+            known = parts.get(name, reports.Expected(0.0, 0))
+            parts[name] = (
+                reports.Expected(known.work + part.work, known.units + part.units)
+                if name == TRAINING
+                else max(known, part)
+            )
+    return parts
 
 
 def _take_all_steps(
@@ -207,11 +260,14 @@ def _take_all_steps(
         while trainers:
             batch = source.next_batch(batches)
             step += 1
-            x = trainers[0].optimizer.sae.normalize(batch.x).x
             joined = [trainer for trainer in trainers if trainer.state.step == step - 1]
-            results = [trainer.step(batch, x) for trainer in joined]
+            at_site = {t.source.number: (batch.at(t.source.number), t.optimizer.sae) for t in joined}
+            inputs = {
+                number: (part, sae.normalize(part.x).x) for number, (part, sae) in at_site.items()
+            }
+            results = [trainer.step(*inputs[trainer.source.number]) for trainer in joined]
             for trainer, (losses, grad_norm) in zip(joined, results):
-                trainer.log(x, losses, grad_norm)
+                trainer.log(inputs[trainer.source.number][1], losses, grad_norm)
             signum = _save_due(joined, signals, mesh)
             reports.report(TRAINING, sum(trainer.state.tokens for trainer in everyone), total)
             trainers = [t for t in trainers if not t.ended and not t.failed]
@@ -315,11 +371,11 @@ def begin(run: RunFolder, recipe: Recipe) -> None:
 
 def _restore_unfinished(
     runs: Sequence[RunFolder], recipes: Sequence[Recipe], device: torch.device, mesh: Mesh
-) -> list[tuple[RunFolder, Recipe, Saved | None]]:
-    """Restore all runs; return those with steps left, and what was restored, None for a new one."""
+) -> list[Unfinished]:
+    """Restore all runs; return those with steps left."""
     restored = [restore(run, recipe, device, mesh) for run, recipe in zip(runs, recipes)]
     return [
-        (run, recipe, saved)
+        Unfinished(run, recipe, saved)
         for run, recipe, saved in zip(runs, recipes, restored)
         if saved is None or not finished(recipe, saved[0])
     ]
