@@ -147,6 +147,12 @@ class ActsConfig(Config):
                 f"{self.lm_quantize!r}; quantized weights cannot be drawn anew: give one of them"
             )
         self._check_kind_of_text()
+        if self.shards and self.names_several_sites:
+            raise InputError(
+                f"acts.site is {preview(self.site)}, which may name several sites, and acts.shards "
+                f"is {preview(self.shards)}; a set of shards is of one site: give its own, and "
+                "call once for each set"
+            )
         if self.context < 3:
             raise InputError(
                 f"acts.context is {self.context}; a context needs at least 3 tokens to predict "

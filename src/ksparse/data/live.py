@@ -210,9 +210,7 @@ class LiveStream:
         began = time.monotonic()
         groups, following = self._gather(start, rows)
         dtype = getattr(torch, self.corpus.acts.store)
-        x = tuple(
-            torch.empty(rows, lm.d_model, dtype=dtype, device=lm.device) for lm in self.lms
-        )
+        x = tuple(torch.empty(rows, lm.d_model, dtype=dtype, device=lm.device) for lm in self.lms)
         documents = torch.empty(rows, dtype=torch.long)
         numbers = torch.empty(rows, dtype=torch.long)
         positions = torch.empty(rows, dtype=torch.long) if self.whole_contexts else None

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 
@@ -43,6 +43,7 @@ from ksparse.storage.run_folder import RunFolder
 from ksparse.training import checkpoint, own_data
 from ksparse.training.checkpoint import TrainState
 from ksparse.training.resume import check_same, restore
+from ksparse.training.sites import at_sites, site_folder
 from ksparse.training.source import TRAINING, ActivationSource
 from ksparse.training.steps.autograd import AutogradStep
 from ksparse.training.trainer import SAETrainer, finished, start
@@ -70,6 +71,32 @@ class Unfinished(NamedTuple):
 MetricsCallback = Callable[[dict[str, Any]], None]
 
 
+@overload
+def train(
+    recipe: Recipe | Path | str | dict[str, Any] | None = None,
+    out: Path | str | None = None,
+    *,
+    site: list[str] | tuple[str, ...],
+    observe: MetricsCallback = ...,
+    trust_remote_code: bool = ...,
+    progress: bool = ...,
+    **keywords: Any,
+) -> dict[str, RunFolder]: ...
+
+
+@overload
+def train(
+    recipe: Recipe | Path | str | dict[str, Any] | None = None,
+    out: Path | str | None = None,
+    *,
+    data: Any = None,
+    observe: MetricsCallback = ...,
+    trust_remote_code: bool = ...,
+    progress: bool = ...,
+    **keywords: Any,
+) -> RunFolder: ...
+
+
 def train(
     recipe: Recipe | Path | str | dict[str, Any] | None = None,
     out: Path | str | None = None,
@@ -79,12 +106,15 @@ def train(
     trust_remote_code: bool = False,
     progress: bool = True,
     **keywords: Any,
-) -> RunFolder:
+) -> RunFolder | dict[str, RunFolder]:
     """Train one SAE, or continue its run if the folder holds one with the same recipe.
+
+    Where `site` is a list or a pattern, train one at each site, on one pass of the LM.
 
     Args:
         recipe: what to train: a recipe, a TOML file or nested dictionaries; by default the demo's.
-        out: the run's folder; runs/HASH by default, with a hash of the recipe.
+        out: the run's folder; runs/HASH by default, with a hash of the recipe. Of several sites,
+            the folder in which each has its own, named by the site.
         data: activations to train on in place of an LM's: a numpy array or torch tensor [rows, d],
             an iterator of them, which is written to the run's folder first, or a folder or file
             (docs/own-activations.md); or known features, `ksparse.config.Planted` (docs/kinds.md).
@@ -96,10 +126,11 @@ def train(
             `recipe` (`ksparse.config.recipe_of`).
 
     Returns:
-        The run's folder.
+        The run's folder; of several sites {site: its run's folder}.
 
     Raises:
-        InputError: if the recipe cannot be trained, or the folder holds something else.
+        InputError: if the recipe cannot be trained, or the folder holds something else; if the LM
+            has no site of a name or pattern.
         Interrupted: on Ctrl-C, SIGTERM or SIGHUP, after a checkpoint was saved.
         NonFiniteError: if the loss or its gradient is not finite.
 
@@ -115,6 +146,12 @@ def train(
         >>> run = ksparse.train(
         ...     data=torch.randn(4096, 16), n_latents=64, k=4, tokens=2048, out="runs/own"
         ... )
+        >>> runs = ksparse.train(
+        ...     lm="pylm/0.3m", site=["resid_post.[01]", "mlp_out.0"], n_latents=64, k=4,
+        ...     tokens=2048, mix=2048, out="runs/sites",
+        ... )
+        >>> list(runs), runs["mlp_out.0"].path.as_posix()
+        (['resid_post.0', 'resid_post.1', 'mlp_out.0'], 'runs/sites/mlp_out.0')
     """
     recipe = recipe_of(recipe, **keywords)
     with trusted(trust_remote_code), display.shown("training", progress) as bar:
@@ -124,12 +161,19 @@ def train(
                 bar.note_metrics(row)
             observe(row)
 
+        several = recipe.acts.names_several_sites
         if data is not None:
-            placed, out = own_data.place(data, recipe, out)
-        else:
-            placed = recipe
+            if several:
+                raise InputError(
+                    f"data is given and acts.site is {recipe.acts.site!r}, which may name several "
+                    "sites; give the activations of each with a call of its own"
+                )
+            recipe, out = own_data.place(data, recipe, out)
         out = out or f"runs/{jsonio.digest(recipe.fingerprint())}"
-        return train_many([placed], [out], observe=tell)[0]
+        recipes = at_sites(recipe)
+        folders = [site_folder(out, site) for site in recipes] if several else [out]
+        runs = train_many(list(recipes.values()), folders, observe=tell)
+        return dict(zip(recipes, runs)) if several else runs[0]
 
 
 def train_many(
@@ -261,7 +305,9 @@ def _take_all_steps(
             batch = source.next_batch(batches)
             step += 1
             joined = [trainer for trainer in trainers if trainer.state.step == step - 1]
-            at_site = {t.source.number: (batch.at(t.source.number), t.optimizer.sae) for t in joined}
+            at_site = {
+                t.source.number: (batch.at(t.source.number), t.optimizer.sae) for t in joined
+            }
             inputs = {
                 number: (part, sae.normalize(part.x).x) for number, (part, sae) in at_site.items()
             }

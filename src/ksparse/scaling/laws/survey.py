@@ -296,13 +296,16 @@ def _read(folder: Path) -> _Runs:
             + "."
         )
     runs.rows = take(rows, finite)
-    for name in ("lm", "activation"):
+    for name, words in (("lm", ""), ("activation", "with activation"), ("site", "at")):
         if name in rows and finite.any():
             values, counts = np.unique(runs.rows[name], return_counts=True)
             runs.subject[name] = str(values[counts.argmax()])
-            if len(values) > 1 and name == "activation":
+            if len(values) > 1 and name == "site" and _sites_go_with_lms(runs.rows):
+                del runs.subject[name]
+            elif len(values) > 1 and words:
+                short = words.rpartition(" ")[0] or words
                 runs.notes.append(
-                    f"Laws are of the runs with activation {runs.subject[name]}; those with "
+                    f"Laws are of the runs {words} {runs.subject[name]}; those {short} "
                     f"{', '.join(sorted(set(values) - {runs.subject[name]}))} "
                     "are left out."
                 )
@@ -312,6 +315,12 @@ def _read(folder: Path) -> _Runs:
                     f"All laws but L_s(N) are of {runs.subject[name]}, the LM with the most runs."
                 )
     return runs
+
+
+def _sites_go_with_lms(rows: Columns) -> bool:
+    """Return whether each LM was read at one site of its own, as in a law over LMs."""
+    pairs = set(zip(rows["lm"].tolist(), rows["site"].tolist())) if "lm" in rows else set()
+    return len(pairs) > 1 and len(pairs) == len({lm for lm, _ in pairs})
 
 
 def _run_name(rows: Columns, i: int) -> str:
