@@ -1,11 +1,11 @@
 """Several sites on one pass of the LM: each SAE is, bit for bit, what it is alone."""
 
 import pytest
+from tests.training.test_train_many import held, same
 
 from ksparse.data.live import LiveStream
 from ksparse.lm.model import LM
 from ksparse.training.train import train, train_many
-from tests.training.test_train_many import held, same
 
 SITES = ("resid_post.1", "transformer.h.0.mlp.c_fc")
 """Of widths 16 and 64; the second is the earlier one."""
