@@ -1,11 +1,15 @@
 """Several sites on one pass of the LM: each SAE is, bit for bit, what it is alone."""
 
 import pytest
-from tests.training.test_train_many import held, same
 
+import ksparse
 from ksparse.data.live import LiveStream
+from ksparse.errors import InputError, NonFiniteError
 from ksparse.lm.model import LM
+from ksparse.storage.run_folder import open_run, runs_in
 from ksparse.training.train import train, train_many
+
+from .test_train_many import held, same
 
 SITES = ("resid_post.1", "transformer.h.0.mlp.c_fc")
 """Of widths 16 and 64; the second is the earlier one."""
@@ -81,3 +85,55 @@ def test_a_finished_site_is_not_trained_again_nor_read(recipes, alone, tmp_path,
     after = {file: file.stat().st_mtime_ns for file in first.rglob("*") if file.is_file()}
     changed = {file.name for file in before if after[file] != before[file]}
     assert changed <= {"recipe.toml", "environment.json"}
+
+
+def test_a_list_of_sites_is_a_run_for_each_in_a_folder_named_by_it(recipes, alone, tmp_path):
+    runs = ksparse.train(recipes()[0], tmp_path / "all", site=list(SITES), progress=False)
+    assert list(runs) == list(SITES)
+    for site, expected in zip(SITES, alone):
+        assert runs[site].path == tmp_path / "all" / site
+        assert runs[site].recipe().acts.site == site
+        same(held(runs[site]), expected)
+
+
+def test_sites_are_added_to_a_folder_by_the_same_call_with_more(recipes, tmp_path):
+    first = ksparse.train(recipes()[0], tmp_path / "all", site=[SITES[0], "resid_post.0"])
+    before = (first[SITES[0]].path / "metrics.jsonl").stat().st_mtime_ns
+    more = ksparse.train(recipes()[0], tmp_path / "all", site="resid_post.*")
+    assert sorted(run.path.name for run in more.values()) == [f"resid_post.{i}" for i in range(3)]
+    assert (first[SITES[0]].path / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_site_whose_activations_are_not_finite_is_named(recipes, tmp_path, monkeypatch):
+    own = LM.acts_at
+
+    def broken(lm, sites, tokens, attention):
+        found = own(lm, sites, tokens, attention)
+        return {site: x / 0 if site == SITES[1] else x for site, x in found.items()}
+
+    monkeypatch.setattr(LM, "acts_at", broken)
+    with pytest.raises(NonFiniteError, match=rf"activations at {SITES[1]} are NaN or infinite"):
+        train_many(recipes(), outs(tmp_path))
+
+
+def test_what_cannot_be_done_at_several_sites_is_refused(recipes, tmp_path):
+    recipe = recipes()[0]
+    train(recipe, tmp_path / "one")
+    with pytest.raises(InputError, match="one is a run, of one site; for several sites give anoth"):
+        train(recipe, tmp_path / "one", site="resid_post.*")
+    with pytest.raises(InputError, match="data is given and acts.site is 'resid_post.*'"):
+        train(recipe, tmp_path / "two", site="resid_post.*", data=tmp_path)
+    with pytest.raises(InputError, match="planted features, which have no sites"):
+        train(recipe, tmp_path / "two", site="resid_post.*", text="planted:{}")
+    with pytest.raises(InputError, match="a fine-tune goes on with the SAE of one, resid_post.1"):
+        ksparse.finetune(tmp_path / "one", site="resid_post.*", out=tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_folder_of_several_runs_where_one_is_needed_is_told_which_there_are(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.toml").write_text("")
+    assert [run.path.name for run in runs_in(tmp_path)] == ["a", "b"]
+    with pytest.raises(InputError, match=r"holds 2 runs, and one is needed here: .* as .*/a; to"):
+        open_run(tmp_path)

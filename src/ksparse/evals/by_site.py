@@ -78,8 +78,8 @@ def findings(results: _Results) -> list[str]:
         )
         losses = [format_estimate(results[site]["downstream"]["ce_delta"]) for site in sites]
         sentences.append(
-            f"{location}: error from {format_estimate(results[best]['stats']['nmse'])} at {best} to "
-            f"{format_estimate(results[worst]['stats']['nmse'])} at {worst}; delta CE "
+            f"{location}: error from {format_estimate(results[best]['stats']['nmse'])} at {best} "
+            f"to {format_estimate(results[worst]['stats']['nmse'])} at {worst}; delta CE "
             f"{', '.join(losses)} by layer."
         )
     return sentences

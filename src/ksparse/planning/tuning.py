@@ -77,8 +77,8 @@ def check_parent(parent: RunFolder, recipe: Recipe) -> None:
     """Raise InputError for a run without weights to begin from, and for several sites."""
     if recipe.acts.names_several_sites:
         raise InputError(
-            f"acts.site is {recipe.acts.site!r}, which may name several sites, and a fine-tune goes "
-            f"on with the SAE of one, {parent.recipe().acts.site}: leave acts.site out"
+            f"acts.site is {recipe.acts.site!r}, which may name several sites, and a fine-tune "
+            f"goes on with the SAE of one, {parent.recipe().acts.site}: leave acts.site out"
         )
     if not parent.has_weights():
         raise InputError(

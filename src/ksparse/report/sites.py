@@ -77,8 +77,8 @@ def _by_site(folder: Path, runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
         if changed := differences(tables[0], table):
             raise InputError(
                 f"{folder} holds runs that differ in more than their site, {found[0][0].path.name} "
-                f"and {run.path.name}: {'; '.join(changed[:3])}. A page is of one recipe at several "
-                "sites; for one run give its folder"
+                f"and {run.path.name}: {'; '.join(changed[:3])}. A page is of one recipe at "
+                "several sites; for one run give its folder"
             )
     by_name = {recipe.acts.site: run for run, recipe in found}
     if len(by_name) < len(found):

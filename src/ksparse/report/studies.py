@@ -184,6 +184,8 @@ def draw(figure: dict[str, Any]) -> Picture | None:
                     format_thousands(value) if abs(value) >= 1e4 else format_tick(value)
                 )
             )
+        if figure["x"] == "layer":
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(figure["x"])
         axes.set_ylabel(figure["y"])
         add_legend(picture, 3, handlelength=1.6, handletextpad=None)

@@ -36,8 +36,8 @@ from ksparse.device import resolve_device
 from ksparse.distributed import Mesh
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
 from ksparse.lm.loading import loading_options, resolve_dtype
-from ksparse.planning.plan import explain_memory
 from ksparse.planning.sharing import stream_key
+from ksparse.planning.sites import explain_memory
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 from ksparse.training import checkpoint, own_data
@@ -186,10 +186,10 @@ def train_many(
     """Train SAEs that share one stream of activations; each run is what it would be alone.
 
     The LM and the normalization run once for all. Recipes at several sites of the LM share its
-    passes, each of which reads them all, and have a shuffle buffer for each site. Runs may be new, unfinished at different steps,
-    or finished: the stream starts where the run that is furthest behind needs it, and the others
-    join at their own step. A run whose loss is not finite leaves; its error is raised when the
-    others have finished.
+    passes, each of which reads them all; each site has a shuffle buffer of its own. Runs may be
+    new, unfinished at different steps, or finished: the stream starts where the run that is
+    furthest behind needs it, and the others join at their own step. A run whose loss is not finite
+    leaves; its error is raised when the others have finished.
 
     Args:
         recipes: what to train; their `stream_key`s must be equal.
@@ -207,7 +207,7 @@ def train_many(
         NonFiniteError: if the loss or gradient of a run is not finite.
     """
     shared, runs = shared_stream(recipes), [RunFolder(Path(out)) for out in outs]
-    with ExitStack() as stack, _explain_out_of_memory(shared):
+    with ExitStack() as stack, _explain_out_of_memory(recipes):
         device = distributed.local_device(resolve_device(shared.run.device))
         recipes = [_with_lm_dtype(recipe, device) for recipe in recipes]
         shared = recipes[0]
@@ -513,7 +513,7 @@ def _stop_message(unfinished: list[SAETrainer], seconds: float) -> str:
 
 
 @contextmanager
-def _explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
+def _explain_out_of_memory(recipes: Sequence[Recipe]) -> Iterator[None]:
     """Turn a lack of memory into an error that says what the plan counts and what reduces it."""
     try:
         yield
@@ -525,5 +525,5 @@ def _explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
             raise
         raise OutOfMemoryError(
             f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]} "
-            f"{explain_memory(recipe)}"
+            f"{explain_memory(recipes)}"
         ) from error
