@@ -24,6 +24,7 @@ from ksparse.data.sharded import open_shards
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
 from ksparse.limits import LOGITS_BYTES
+from ksparse.lm.hooks import ModuleEnd
 from ksparse.lm.loading import find_model, read_config, without_weights
 from ksparse.lm.model import check_length, longest_context
 from ksparse.lm.sites import outline
@@ -430,7 +431,7 @@ def read_lm_specs(recipe: Recipe, sites: Sequence[str]) -> list[LMSpec]:
         ) from error
     check_length(recipe.acts.context, longest_context(config), recipe.acts.lm, "acts.context")
     ends = [outline(model, site) for site in sites]
-    return [lm_spec(model, end.module, end.at, _width(end.module, config)) for end in ends]
+    return [lm_spec(model, end.module, end.at, _width(end, config)) for end in ends]
 
 
 def lm_spec(model: Any, module: torch.nn.Module, at: str, d_model: int) -> LMSpec:
@@ -452,8 +453,11 @@ def lm_spec(model: Any, module: torch.nn.Module, at: str, d_model: int) -> LMSpe
     )
 
 
-def _width(module: torch.nn.Module, config) -> int:
-    return getattr(module, "out_features", None) or config.get_text_config().hidden_size
+def _width(end: ModuleEnd, config: Any) -> int:
+    """Return the width at a module's end: that of a matrix by its sizes, else the stream's."""
+    sizes = ("out_features", "nf") if end.at == "out" else ("in_features", "nx")  # Linear, Conv1D
+    known = [getattr(end.module, size, None) for size in sizes]
+    return next(filter(None, known), None) or config.get_text_config().hidden_size
 
 
 def measure_flops(device: str, size: int = 2048) -> float:
