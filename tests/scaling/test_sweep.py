@@ -245,6 +245,7 @@ def test_a_sweep_over_sites_reads_the_text_once_and_its_points_say_the_site(
     assert sweeping.sweep(grid, folder) == {}
     assert set(passes) == {("resid_post.0", "resid_post.1")}
     assert [row["site"] for row in points(folder)] == ["resid_post.0", "resid_post.1"]
+    assert folder.table().header[0] == "site"
     planned = jsonio.read_json(folder.plan_file)["cohorts"]
     assert len(planned) == 1
 

@@ -92,8 +92,12 @@ def test_a_finished_site_is_not_trained_again_nor_read(recipes, alone, tmp_path,
 
 
 def test_a_list_of_sites_is_a_run_for_each_in_a_folder_named_by_it(recipes, alone, tmp_path):
-    runs = ksparse.train(recipes()[0], tmp_path / "all", site=list(SITES), progress=False)
+    rows = []
+    runs = ksparse.train(
+        recipes()[0], tmp_path / "all", site=list(SITES), progress=False, observe=rows.append
+    )
     assert list(runs) == list(SITES)
+    assert [row["site"] for row in rows] == list(SITES) * 12
     for site, expected in zip(SITES, alone):
         assert runs[site].path == tmp_path / "all" / site
         assert runs[site].recipe().acts.site == site

@@ -134,10 +134,8 @@ def write_sites(
         manifests = {site: _open_manifest(folders[site], contents[site], corpus) for site in sites}
         complete = all(manifest["complete"] for manifest in manifests.values())
         lm_batch = 0 if complete else choose_lm_batch(lm, corpus, sites)
-        while todo := [site for site in sites if not manifests[site]["complete"]]:
-            last = manifests[min(todo, key=lambda site: _place(manifests[site]))]
-            # A killed writer, or one of a single site, may have written more of some of them.
-            here = [site for site in todo if _place(manifests[site]) == _place(last)]
+        while here := _furthest_behind(manifests):
+            last = manifests[here[0]]
             done = sum(shard["rows"] for shard in last["shards"])
             progress(done)
             tensors, place, contexts = _compute_shard(
@@ -155,6 +153,14 @@ def write_sites(
                 _add_shard(folders[site], manifests[site], {"x": x, **tensors}, corpus, position)
         progress(rows)
     return [folders[site] for site in sites]
+
+
+def _furthest_behind(manifests: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the sites that are to be read next: of those that are not complete the ones that have
+    come least far. A killed writer, or one of a single site, may have written more of some."""
+    todo = [site for site, manifest in manifests.items() if not manifest["complete"]]
+    least = min((_place(manifests[site]) for site in todo), default=())
+    return [site for site in todo if _place(manifests[site]) == least]
 
 
 def _place(manifest: dict[str, Any]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NamedTuple, overload
 
 import torch
+from torch import Tensor
 
 from ksparse import display, distributed
 from ksparse import progress as reports
@@ -30,6 +31,7 @@ from ksparse.config import (
     recipe_of,
     to_toml,
 )
+from ksparse.data.base import ActivationBatch
 from ksparse.data.shards import Shards
 from ksparse.data.tensors import is_index
 from ksparse.device import resolve_device
@@ -118,7 +120,7 @@ def train(
         data: activations to train on in place of an LM's: a numpy array or torch tensor [rows, d],
             an iterator of them, which is written to the run's folder first, or a folder or file
             (docs/own-activations.md); or known features, `ksparse.config.Planted` (docs/kinds.md).
-        observe: called with each row of metrics.
+        observe: called with each row of metrics; of several sites it says which, `row["site"]`.
         trust_remote_code: allow code that comes with the LM to run, during this call.
         progress: show how far it is on standard error: a bar on a terminal, one line in a notebook,
             a line every few seconds in a log.
@@ -155,12 +157,6 @@ def train(
     """
     recipe = recipe_of(recipe, **keywords)
     with trusted(trust_remote_code), display.shown("training", progress) as bar:
-
-        def tell(run: RunFolder, row: dict[str, Any]) -> None:
-            if bar:
-                bar.note_metrics(row)
-            observe(row)
-
         several = recipe.acts.names_several_sites
         if data is not None:
             if several:
@@ -171,7 +167,16 @@ def train(
             recipe, out = own_data.place(data, recipe, out)
         out = out or f"runs/{jsonio.digest(recipe.fingerprint())}"
         recipes = at_sites(recipe)
-        folders = [site_folder(out, site) for site in recipes] if several else [out]
+        folders = [site_folder(out, site) if several else Path(out) for site in recipes]
+        sites = dict(zip(folders, recipes)) if several else {}
+
+        def tell(run: RunFolder, row: dict[str, Any]) -> None:
+            if run.path in sites:
+                row = row | {"site": sites[run.path]}
+            if bar:
+                bar.note_metrics(row)
+            observe(row)
+
         runs = train_many(list(recipes.values()), folders, observe=tell)
         return dict(zip(recipes, runs)) if several else runs[0]
 
@@ -305,12 +310,7 @@ def _take_all_steps(
             batch = source.next_batch(batches)
             step += 1
             joined = [trainer for trainer in trainers if trainer.state.step == step - 1]
-            at_site = {
-                t.source.number: (batch.at(t.source.number), t.optimizer.sae) for t in joined
-            }
-            inputs = {
-                number: (part, sae.normalize(part.x).x) for number, (part, sae) in at_site.items()
-            }
+            inputs = _inputs(batch, joined)
             results = [trainer.step(*inputs[trainer.source.number]) for trainer in joined]
             for trainer, (losses, grad_norm) in zip(joined, results):
                 trainer.log(inputs[trainer.source.number][1], losses, grad_norm)
@@ -320,6 +320,17 @@ def _take_all_steps(
             if signum and trainers:
                 saver.wait()
                 raise Interrupted(_stop_message(trainers, time.monotonic() - began), signum)
+
+
+def _inputs(
+    batch: ActivationBatch, trainers: list[SAETrainer]
+) -> dict[int, tuple[ActivationBatch, Tensor]]:
+    """Return the batch at the site of each trainer, by its number, with its normalized
+    activations."""
+    sites = {trainer.source.number: trainer.optimizer.sae for trainer in trainers}
+    return {
+        number: (part := batch.at(number), sae.normalize(part.x).x) for number, sae in sites.items()
+    }
 
 
 def _save_due(trainers: list[SAETrainer], signals: list[int], mesh: Mesh) -> int:

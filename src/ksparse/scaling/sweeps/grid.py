@@ -85,12 +85,14 @@ class SweepFolder:
         """Return the finished runs as a table."""
         formats = {"n": ",", "k": "", "tokens": ",", "loss": ".4f", "dead": ".1%"}
         runs = sorted(self.points(), key=lambda row: (row["n"], row["k"]))
+        header = ("latents", "k", "tokens", "held-out nmse", "dead")
+        if len({row.get("site") for row in runs}) > 1:
+            formats, header = {"site": ""} | formats, ("site", *header)
         rows = [
             ["-" if row.get(key) is None else format(row[key], how) for key, how in formats.items()]
             for row in runs
         ]
         title = f"Sweep {self.path}: {len(rows)} finished runs"
-        header = ("latents", "k", "tokens", "held-out nmse", "dead")
         return display.Table(title, header, rows)
 
     def figures(self) -> dict[str, Any]:
