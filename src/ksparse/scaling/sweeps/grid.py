@@ -85,7 +85,7 @@ class SweepFolder:
         """Return the finished runs as a table."""
         formats = {"n": ",", "k": "", "tokens": ",", "loss": ".4f", "dead": ".1%"}
         runs = sorted(self.points(), key=lambda row: (row["n"], row["k"]))
-        header = ("latents", "k", "tokens", "held-out nmse", "dead")
+        header: tuple[str, ...] = ("latents", "k", "tokens", "held-out nmse", "dead")
         if len({row.get("site") for row in runs}) > 1:
             formats, header = {"site": ""} | formats, ("site", *header)
         rows = [
