@@ -527,6 +527,41 @@ def test_shards_are_written_and_trained_on(verb, recipe_file, tmp_path):
     assert RunFolder(tmp_path / "run").metrics()[-1]["step"] == 12
 
 
+def test_several_sites_are_trained_shown_and_named_where_one_is_needed(verb, recipe_file, tmp_path):
+    words = ("--acts.site", "resid_post.[01]", "mlp_out.0", "--run.device", "cpu")
+    code, out, err = verb("train", recipe_file, *words, "--out", tmp_path / "all")
+    assert code == 0, err
+    sites = ("resid_post.0", "resid_post.1", "mlp_out.0")
+    for site in sites:
+        assert f"run      {tmp_path / 'all' / site}   ({site})" in out
+        assert RunFolder(tmp_path / "all" / site).report_file.is_file()
+    page = tmp_path / "all" / "report.html"
+    assert f"report   {page.as_uri()}" in out and page.is_file()
+    page.unlink()
+    assert verb("report", tmp_path / "all")[0] == 0 and page.is_file()
+    for name in ("resume", "view"):
+        code, _, err = verb(name, tmp_path / "all")
+        assert code == 2 and "holds 3 runs, and one is needed here: give its own folder" in err
+    code, _, err = verb("eval", tmp_path / "all", "stats")
+    assert code == 2 and "holds no SAE itself; its folders mlp_out.0, resid_post.0" in err
+
+
+def test_shards_of_several_sites_are_a_set_for_each_and_each_is_trained_on(
+    verb, recipe_file, tmp_path
+):
+    words = ("--acts.site", "resid_post.[01]", "--tokens", 500, "--dtype", "float32")
+    code, out, err = verb("shard", recipe_file, *words, "--out", tmp_path / "acts")
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines() if line.startswith("shards")]
+    assert [row[2] for row in rows] == ["(resid_post.0)", "(resid_post.1)"]
+    for (_, folder, _), site in zip(rows, ("resid_post.0", "resid_post.1")):
+        given = ("--acts.shards", folder, "--acts.site", site, "--tokens", 64)
+        code, _, err = verb("train", recipe_file, *given, "--out", tmp_path / site)
+        assert code == 0, err
+    code, _, err = verb("train", recipe_file, "--acts.shards", rows[0][1], *words[:2])
+    assert code == 2 and "a set of shards is of one site" in err
+
+
 def test_plan_says_what_a_recipe_costs(verb, recipe_file):
     code, out, err = verb("plan", recipe_file)
     assert code == 0, err

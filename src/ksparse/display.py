@@ -174,7 +174,10 @@ class ProgressBar(Observer):
     def note_metrics(self, row: Mapping[str, Any]) -> None:
         """Show a row of a run's metrics at the end of the line from now on."""
         nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"
-        self.note(f"nmse {nmse} · dead {row['dead']:.1%} · {row['tokens_per_s']:,.0f} tokens/s")
+        site = f"{row['site']} " if "site" in row else ""  # of several
+        self.note(
+            f"{site}nmse {nmse} · dead {row['dead']:.1%} · {row['tokens_per_s']:,.0f} tokens/s"
+        )
 
     # ---- how it is shown
 

@@ -21,6 +21,7 @@ from ksparse.config import (
     from_dict,
     k_aux,
     load_recipe,
+    recipe_of,
     to_dict,
     to_toml,
 )
@@ -680,3 +681,21 @@ def test_every_size_of_a_budget_replaces_0_and_nothing_else(budget):
     }
     assert changed == {name for name, size in budget_sizes(budget).items() if size}
     assert EvalConfig(budget=budget, tokens=7).resolved().tokens == 7
+
+
+def test_a_list_of_sites_is_the_text_that_names_them_all(tmp_path):
+    file = tmp_path / "sites.toml"
+    file.write_text('[acts]\nsite = ["resid_post.*", "mlp_out.1"]\n')
+    expected = ActsConfig(site="resid_post.*, mlp_out.1")
+    assert load_recipe(file).acts == expected
+    assert ActsConfig(site=("resid_post.*", "mlp_out.1")) == expected
+    assert recipe_of(site=["resid_post.*", "mlp_out.1"]).acts == expected
+    assert from_dict(tomllib.loads(to_toml(Recipe(acts=expected)))).acts == expected
+    assert expected.site_patterns == ("resid_post.*", "mlp_out.1")
+    assert expected.names_several_sites and not ActsConfig().names_several_sites
+
+
+@pytest.mark.parametrize("sites", [[], ["resid_post.1", 2]])
+def test_a_list_that_does_not_name_sites_is_refused(sites):
+    with pytest.raises(InputError, match=r"'acts\.site' is \["):
+        recipe_of(site=sites)

@@ -25,7 +25,7 @@ def take(stream, count, cursor=None):
 @pytest.fixture
 def choose(monkeypatch):
     """Return choose(size), which makes the measurement find that size."""
-    return lambda size: monkeypatch.setattr(live, "choose_lm_batch", lambda lm, corpus: size)
+    return lambda size: monkeypatch.setattr(live, "choose_lm_batch", lambda lm, corpus, sites: size)
 
 
 def test_the_fastest_size_is_chosen_and_logged(small_acts, monkeypatch, caplog):
@@ -34,7 +34,7 @@ def test_the_fastest_size_is_chosen_and_logged(small_acts, monkeypatch, caplog):
     corpus = Corpus(acts, lm.tokenizer, "train")
     tried = []
 
-    def seconds(lm, corpus, contexts):
+    def seconds(lm, corpus, contexts, sites):
         tried.append(len(contexts))
         return {4: 4.0, 8: 2.0, 16: 6.0, 32: 64.0, 64: 64.0}[len(contexts)]
 
@@ -55,7 +55,7 @@ def test_a_size_that_does_not_fit_into_memory_ends_the_trial(small_acts, monkeyp
     acts = small_acts(lm_batch=0)
     lm = LM(acts=acts)
 
-    def seconds(lm, corpus, contexts):
+    def seconds(lm, corpus, contexts, sites):
         if len(contexts) > 8:
             raise torch.OutOfMemoryError("no room")
         return 1.0

@@ -266,6 +266,35 @@ def test_several_sites_in_one_pass_are_what_each_is_alone(small_acts, tmp_path, 
     assert len(passes) == 2 * before, "the same passes again"
 
 
+def test_sites_that_were_written_before_stay_and_the_others_join_in_one_pass(small_acts, tmp_path):
+    """One is complete, one was stopped after other rows than the rest have, two are new."""
+    sites = [*(f"resid_post.{i}" for i in range(3)), "mlp_out.0"]
+
+    def written(parent, sites, **options):
+        lm = LM(acts=small_acts(site=sites[0]))
+        corpus = Corpus(lm.options, lm.tokenizer, "train")
+        return write_sites(lm, corpus, tmp_path / parent, sites, rows=200, **options)
+
+    def stop(done):
+        if done > 60:
+            raise KeyboardInterrupt
+
+    alone = [written("alone", [site], shard_rows=100)[0] for site in sites]
+    before = written("acts", sites[:1], shard_rows=100)[0]
+    kept = {file.name: file.read_bytes() for file in before.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        written("acts", sites[1:2], shard_rows=40, progress=stop)
+    folders = written("acts", sites, shard_rows=100)
+    assert [folder.name for folder in folders] == [folder.name for folder in alone]
+    assert {file.name: file.read_bytes() for file in before.iterdir()} == kept
+    for one, other in zip(map(Shards, alone), map(Shards, folders), strict=True):
+        assert one.rows <= other.rows
+        rows = np.arange(one.rows)
+        torch.testing.assert_close(one.read(rows), other.read(rows))
+        assert (one.documents(rows) == other.documents(rows)).all()
+        assert (one.contexts(rows) == other.contexts(rows)).all()
+
+
 # ---- what is wrong is refused
 
 

@@ -219,3 +219,30 @@ def test_the_joint_figure_shows_every_point_and_the_worst_residual():
     picture = figures.draw_joint_law(law)
     assert "log-RMS 0.0096" in picture.label and "exp(zeta + eta log k)" in picture.caption
     assert picture.svg.count("<use ") > 2 * 45  # each point above and below
+
+
+def test_sites_of_a_sweep_are_side_by_side_and_laws_are_of_one(tmp_path):
+    folder = build(tmp_path / "sites", lms=("pylm/1.9m",))
+    for name in ("points.csv", "curves.csv"):
+        head, *rows = (folder / name).read_text().splitlines()
+        at = head.split(",").index("loss")
+        lines = [f"{head},site"]
+        for site, factor in (("resid_post.0", 1.0), ("resid_post.1", 2.0), ("resid_post.2", 3.0)):
+            for row in rows:
+                cells = row.split(",")
+                cells[at] = repr(float(cells[at]) * factor)
+                lines.append(",".join([f"{site}-{cells[0]}", *cells[1:], site]))
+        (folder / name).write_text("\n".join(lines) + "\n")
+    alone = build(tmp_path / "alone", lms=("pylm/1.9m",))
+    found, expected = (fit_sweep(each, draws=0) for each in (folder, alone))
+    assert found.subject["site"] == "resid_post.0"
+    assert any("those at resid_post.1, resid_post.2 are left out" in note for note in found.notes)
+    one, other = (each.laws["n"].coefficients for each in (found, expected))
+    assert {name: c.value for name, c in one.items()} == pytest.approx(
+        {name: c.value for name, c in other.items()}
+    )
+    jsonio.write_json(folder / "law.json", found.to_dict(), sealed=True)
+    text = pages.write(folder).read_text()
+    assert "Loss by layer" in text and "pylm/1.9m at resid_post.0, n from" in text
+    picture = pages.draw_sites(pages.Sweep(folder).rows, found.subject)
+    assert "resid_post, n = 512, k = 8: " in picture.label

@@ -13,8 +13,9 @@ import pytest
 
 from ksparse import cli
 from ksparse.config import flat, from_dict, to_dict, to_toml
+from ksparse.data.live import LiveStream, memory_bytes
 from ksparse.errors import InputError
-from ksparse.planning.costs import LMSpec, PlanInput, add_memory, sae_memory
+from ksparse.planning.costs import LMSpec, PlanInput, add_memory, sae_memory, site_memory
 from ksparse.planning.hardware import DEVICES
 from ksparse.planning.sharing import stream_key
 from ksparse.scaling.sweeps import launch as launching
@@ -189,6 +190,64 @@ def members(small_recipe, sizes, **changes):
 def test_runs_of_one_stream_are_one_group_and_others_are_not(small_recipe):
     todo = members(small_recipe, [64, 32]) | {"other": planned(small_recipe({"acts.context": 12}))}
     assert sorted(map(sorted, group_runs(todo, memory=1e9))) == [["32-1", "64-0"], ["other"]]
+
+
+def test_runs_at_several_sites_are_one_group_with_a_buffer_for_each(small_recipe):
+    todo = {
+        f"{site}-{n}": planned(small_recipe({"acts.site": site, "sae.n_latents": n}))
+        for site in ("resid_post.0", "resid_post.1")
+        for n in (64, 32)
+    }
+    assert [len(group) for group in group_runs(todo, memory=1e9)] == [4]
+    apart = group_runs(todo, memory=1e9, workers=2)
+    assert sorted({name[:12] for name in group} for group in apart) == [
+        {"resid_post.0"},
+        {"resid_post.1"},
+    ]
+    saes = needed(todo.values())
+    extra = sum(site_memory(next(iter(todo.values()))).values())
+    assert extra >= memory_bytes(next(iter(todo.values())).recipe.acts, 64, 16)
+    assert len(group_runs(todo, memory=saes + extra)) == 1
+    assert len(group_runs(todo, memory=saes + extra - 1)) == 2
+
+
+def test_shards_of_several_sites_are_apart(small_recipe):
+    todo = {
+        site: planned(small_recipe({"acts.site": site, "acts.shards": f"acts/{site}"}))
+        for site in ("resid_post.0", "resid_post.1")
+    }
+    assert [len(group) for group in group_runs(todo, memory=1e9)] == [1, 1]
+
+
+def test_a_pattern_of_sites_in_a_sweep_is_a_run_for_each(sweep_file):
+    grid = read(
+        sweep_file('[grid]\n"acts.site" = ["resid_post.*", "mlp_out.0"]\n"sae.k" = [2, 4]\n')
+    )
+    assert sorted((recipe.acts.site, recipe.sae.k) for recipe in grid.recipes.values()) == [
+        (site, k)
+        for site in ("mlp_out.0", "resid_post.0", "resid_post.1", "resid_post.2")
+        for k in (2, 4)
+    ]
+    outside = read(sweep_file(changes={"acts.site": "resid_post.[01]"}))
+    assert len(outside) == 2 * 4
+    assert all(name == jsonio.digest(recipe.fingerprint()) for name, recipe in grid.recipes.items())
+
+
+def test_a_sweep_over_sites_reads_the_text_once_and_its_points_say_the_site(
+    sweep_file, tmp_path, monkeypatch
+):
+    passes, own = [], LiveStream._read
+    monkeypatch.setattr(
+        LiveStream, "_read", lambda *args: passes.append(args[0].sites) or own(*args)
+    )
+    grid = read(sweep_file('[grid]\n"acts.site" = ["resid_post.[01]"]\n'))
+    folder = SweepFolder(tmp_path / "sites")
+    assert sweeping.sweep(grid, folder) == {}
+    assert set(passes) == {("resid_post.0", "resid_post.1")}
+    assert [row["site"] for row in points(folder)] == ["resid_post.0", "resid_post.1"]
+    assert folder.table().header[0] == "site"
+    planned = jsonio.read_json(folder.plan_file)["cohorts"]
+    assert len(planned) == 1
 
 
 def needed(cases):

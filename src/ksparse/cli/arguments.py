@@ -100,7 +100,7 @@ def parse_changes(
     Returns:
         The recipe, and the values of the verb's own options.
     """
-    arguments = [_current_flag(argument) for argument in arguments]
+    arguments = _join_sites([_current_flag(argument) for argument in arguments])
     activation = _choose_activation(base.sae.activation, arguments)
     base = dataclasses.replace(base, sae=dataclasses.replace(base.sae, activation=activation))
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(Recipe)}
@@ -118,6 +118,16 @@ def _current_flag(argument: str) -> str:
     current = f"--{RENAMED_KEYS[key]}".replace("_", "-")
     _log.warning("%s is now called %s", flag, current)
     return f"{current}{equals}{value}"
+
+
+def _join_sites(arguments: list[str]) -> list[str]:
+    """Return arguments with several words after --acts.site as one, with commas between."""
+    if "--acts.site" not in arguments:
+        return arguments
+    first = arguments.index("--acts.site") + 1
+    rest = arguments[first:]
+    sites = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+    return [*arguments[:first], *filter(None, [", ".join(sites)]), *rest[len(sites) :]]
 
 
 def _choose_activation(

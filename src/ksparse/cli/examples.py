@@ -6,6 +6,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": (
         "ksparse train --acts.lm gpt2 --acts.site resid_post.8 --acts.text my.txt --tokens 1000000",
         "ksparse train recipes/gpt2-small-32k.toml --out runs/gpt2 --sae.k 64",
+        "ksparse train --acts.lm gpt2 --acts.site 'resid_post.*' --acts.text my.txt --out runs/all",
     ),
     "finetune": (
         "ksparse finetune runs/mine --tokens 25000000",

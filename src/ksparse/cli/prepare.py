@@ -34,8 +34,9 @@ class ShardArgs(Recipe):
 def shard(arguments: list[str]) -> None:
     """shard [RECIPE.toml | --from PATH] [--key value …]
 
-    Write activations to disk once, for many runs; or, with --from, index a folder or file of
-    tensors that anybody made, without copying it (shard --from PATH --help).
+    Write activations to disk once, for many runs; of several sites in one pass, a set for each
+    (--acts.site 'resid_post.*'). Or, with --from, index a folder or file of tensors that anybody
+    made, without copying it (shard --from PATH --help).
     """
     if any(word.partition("=")[0] == "--from" for word in arguments):
         _index(arguments)
@@ -49,19 +50,31 @@ def shard(arguments: list[str]) -> None:
         from ksparse.data.contexts import Corpus
         from ksparse.device import resolve_device
         from ksparse.lm.model import LM
+        from ksparse.training.sites import at_sites
 
-        lm = LM(acts=recipe.acts, device=resolve_device(recipe.run.device))
+        sites = list(at_sites(recipe))
+        acts = dataclasses.replace(recipe.acts, site=sites[0])
+        lm = LM(acts=acts, device=resolve_device(recipe.run.device))
+        for site in sites[1:]:
+            lm.at_site(site)  # refused here if it cannot be read
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        folder = shards.write(
+        folders = shards.write_sites(
             lm,
-            Corpus(recipe.acts, lm.tokenizer, "train"),
+            Corpus(acts, lm.tokenizer, "train"),
             Path(options["out"]),
+            sites,
             rows=recipe.tokens,
             dtype=options["dtype"],
             progress=lambda done: report("writing activations", done, recipe.tokens),
         )
-    print(f"shards   {folder}\nnext     the same recipe with --acts.shards {folder}")
+    for site, folder in zip(sites, folders):
+        print(f"shards   {folder}" + (f"   ({site})" if len(sites) > 1 else ""))
+    last = f"--acts.shards {folders[-1]}"
+    print(
+        f"next     the same recipe with {last}"
+        + (f" --acts.site {sites[-1]}; so for each" if len(sites) > 1 else "")
+    )
 
 
 def _index(arguments: list[str]) -> None:
@@ -133,22 +146,29 @@ def plan(arguments: list[str]) -> None:
         _parse_int("--devices", word) for word in options["devices"].split(",") if word.strip()
     ]
     from ksparse.planning import plan as planning
+    from ksparse.planning import sites
 
-    planned = planning.plan(
-        recipe,
-        devices=devices,
-        card=options["gpu"],
-        figures=options["hardware"],
-        dead=options["dead"],
-        unseen=options["subject"],
-    )
+    given: dict[str, Any] = {
+        "devices": devices,
+        "card": options["gpu"],
+        "figures": options["hardware"],
+        "dead": options["dead"],
+        "unseen": options["subject"],
+    }
+    if recipe.acts.names_several_sites:
+        several = sites.plan_sites(recipe, **given)
+        table, lines = sites.to_dict(several), sites.lines(several)
+    else:
+        planned = planning.plan(recipe, **given)
+        table, lines = planning.to_dict(planned), planning.lines(planned)
+        lines += ["", *planning.tables(planned)] if devices else []
     if options["json"] == "-":
-        print(json.dumps(planning.to_dict(planned), indent=1))
+        print(json.dumps(table, indent=1))
         return
-    for line in planning.lines(planned) + (["", *planning.tables(planned)] if devices else []):
+    for line in lines:
         print(line)
     if options["json"]:
-        jsonio.write_json(Path(options["json"]), planning.to_dict(planned))
+        jsonio.write_json(Path(options["json"]), table)
 
 
 def _parse_int(flag: str, text: str) -> int:

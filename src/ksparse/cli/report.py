@@ -17,15 +17,16 @@ from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
 from ksparse.cli.output import ProgressBar, print_status, write_report
 from ksparse.cli.studies import print_study
 from ksparse.errors import InputError, Interrupted
-from ksparse.storage.run_folder import RunFolder, open_run
+from ksparse.storage.run_folder import RunFolder, open_run, runs_in
 from ksparse.trust import code_is_trusted
 
 
 @verb
 def report(arguments: list[str]) -> None:
-    """report RUN|SWEEP|STUDY
+    """report RUN|SWEEP|STUDY|SITES
 
-    Write report.html of a run, of the results of `eval SAE --out`, a sweep or a study.
+    Write report.html of a run, of the results of `eval SAE --out`, a sweep, a study, or the runs of
+    several sites.
     """
     folder, flags = split_folder("report", arguments)
     refuse_arguments("report", flags)
@@ -39,6 +40,11 @@ def report(arguments: list[str]) -> None:
         if not (Path(folder) / "law.json").is_file():
             calls.fit(folder)
         print(f"report   {sweep.write(Path(folder)).resolve().as_uri()}")
+        return
+    if not RunFolder(Path(folder)).keeps_results() and runs_in(folder):
+        from ksparse.report import sites
+
+        print(f"report   {sites.write(folder).resolve().as_uri()}")
         return
     run = open_run(folder)
     write_report(run)

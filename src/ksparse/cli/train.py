@@ -41,12 +41,16 @@ class TrainArgs(Recipe):
 def train(arguments: list[str]) -> None:
     """train [RECIPE.toml] [--key value …]
 
-    Train an autoencoder; the same command resumes an interrupted run.
+    Train an autoencoder, or one at each of several sites (--acts.site 'resid_post.*'); the same
+    command resumes an interrupted run.
     """
     recipe, options, name = parse_recipe(TrainArgs, "train", arguments)
     run = RunFolder(Path(options["out"] or f"runs/{name}"))
-    train_run(recipe, run)
-    print_next_steps(run)
+    trained = train_run(recipe, run)
+    if isinstance(trained, dict):
+        print_sites(run.path, trained)
+    else:
+        print_next_steps(run)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def finetune(arguments: list[str]) -> None:
     recipe, options = parse_changes(FinetuneArgs, "finetune RUN", flags, recipe)
     if parent is None:
         return
-    check_parent(parent)
+    check_parent(parent, recipe)
     recipe = fit_buffer(recipe)
     if options["loss"]:
         loss = dataclasses.replace(recipe.sae, lm_loss=options["loss"])
@@ -238,18 +242,18 @@ def _activate_line() -> str:
     return f"first    source {shlex.quote(str(activate))}\n         (once in each new shell)\n"
 
 
-def train_run(recipe: Recipe, run: RunFolder) -> None:
-    """Train in a run's folder, with progress shown by the first process."""
+def train_run(recipe: Recipe, run: RunFolder) -> RunFolder | dict[str, RunFolder]:
+    """Train in a run's folder, or that of several sites' runs, with progress shown by the first
+    process; return what `ksparse.train` returns."""
     if not is_first_process():
         from ksparse.training.train import train as train_quietly
 
-        train_quietly(recipe, run.path)
-        return
+        return train_quietly(recipe, run.path)
     with ProgressBar("training") as bar:
         report("loading torch")
         from ksparse.training.train import train as train_observed
 
-        train_observed(recipe, run.path, observe=bar.note_metrics)
+        return train_observed(recipe, run.path, observe=bar.note_metrics)
 
 
 def print_next_steps(run: RunFolder) -> None:
@@ -260,4 +264,22 @@ def print_next_steps(run: RunFolder) -> None:
     print(
         f"run      {run.path}\nreport   {run.report_file.resolve().as_uri()}\nnext     ksparse "
         f"eval {run.path}; ksparse report {run.path}"
+    )
+
+
+def print_sites(folder: Path, runs: dict[str, RunFolder]) -> None:
+    """Write the reports of runs at several sites, and print where they are and what to do next."""
+    if not is_first_process():
+        return
+    for run in runs.values():
+        write_report(run)
+    from ksparse.report import sites
+
+    page = sites.write(folder, list(runs.values()))
+    for site, run in runs.items():
+        print(f"run      {run.path}   ({site})")
+    place = shlex.quote(str(folder))
+    print(
+        f"report   {page.resolve().as_uri()}\nnext     ksparse eval {place}/*/ stats downstream; "
+        f"ksparse report {place}"
     )

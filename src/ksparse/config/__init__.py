@@ -26,6 +26,7 @@ from ksparse.config.planted import Planted
 from ksparse.config.schema import (
     CONTROLS,
     LATER_ACTS,
+    SEVERAL_SITES,
     ActsConfig,
     CurveConfig,
     MeshConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "LARGEST_TOML",
     "LATER_ACTS",
     "MOST_DOTS",
+    "SEVERAL_SITES",
     "ActivationConfig",
     "ActsConfig",
     "BatchTopKConfig",

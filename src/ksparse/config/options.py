@@ -60,6 +60,8 @@ class Config:
     """Prefix of its keys in a recipe, such as "sae."."""
     OWNER: ClassVar[str] = ""
     """What the options belong to, in messages, where they are not keys of a recipe."""
+    JOINED: ClassVar[tuple[str, ...]] = ()
+    """Fields of text that may also be given as a list, which is joined with commas."""
 
     def __post_init__(self) -> None:
         check_fields(self, self.SECTION)
@@ -124,7 +126,7 @@ def check_fields(options: object, prefix: str = "") -> None:
     options_class: type = type(options)
     for name, hint in field_types(options_class).items():
         value = getattr(options, name)
-        converted = _convert(value, hint, f"'{prefix}{name}'")
+        converted = _convert(_joined(value, options_class, name), hint, f"'{prefix}{name}'")
         if converted is not value:
             object.__setattr__(options, name, converted)
 
@@ -199,9 +201,16 @@ def build(config: Any, table: dict[str, Any], prefix: str = "", where: str = "")
         values[key] = (
             build(hints[key], value, f"{name}.", where)
             if is_section
-            else _convert(value, hints[key], f"'{name}'{where}")
+            else _convert(_joined(value, config, key), hints[key], f"'{name}'{where}")
         )
     return config(**values)
+
+
+def _joined(value: Any, config: type, name: str) -> Any:
+    """Return a list as one text where a field takes both; other values as they are."""
+    if name not in getattr(config, "JOINED", ()) or not isinstance(value, (list, tuple)):
+        return value
+    return ", ".join(value) if value and all(type(item) is str for item in value) else value
 
 
 def _refuse_trust(value: Any, where: str) -> None:

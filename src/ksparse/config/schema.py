@@ -42,6 +42,8 @@ LATER_ACTS = (
 )
 """Keys of `acts` that older runs and shards do not have: they are left out of names at their
 defaults."""
+SEVERAL_SITES = ",*?["
+"""What `acts.site` has in it where it is a list or a pattern; no name of a site does."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class ActsConfig(Config):
     """
 
     SECTION = "acts."
+    JOINED = ("site",)
 
     lm: str = "pylm/1.9m"
     """Causal language model: a name on the Hugging Face Hub, a local folder, a GGUF file (read with
@@ -68,7 +71,8 @@ class ActsConfig(Config):
     site: str = "resid_post.3"
     """Where in the LM activations are read (the hook point): resid_pre.I, resid_mid.I,
     resid_post.I, attn_out.I or mlp_out.I for layer I, or the name of a module for its output
-    (NAME:in for its input)."""
+    (NAME:in for its input). `train`, `shard`, `sweep` and `plan` also take several, by a list or a
+    pattern (`resid_post.*`): one SAE or set of shards for each, from one pass of the LM."""
     text: str = "pylm"
     """Text to run the LM on: a file or folder (.txt, .jsonl, .parquet, also compressed as .xz, .gz
     or .zst), a data set on the Hub, or the built-in text pylm."""
@@ -143,6 +147,12 @@ class ActsConfig(Config):
                 f"{self.lm_quantize!r}; quantized weights cannot be drawn anew: give one of them"
             )
         self._check_kind_of_text()
+        if self.shards and self.names_several_sites:
+            raise InputError(
+                f"acts.site is {preview(self.site)}, which may name several sites, and acts.shards "
+                f"is {preview(self.shards)}; a set of shards is of one site: give its own, and "
+                "call once for each set"
+            )
         if self.context < 3:
             raise InputError(
                 f"acts.context is {self.context}; a context needs at least 3 tokens to predict "
@@ -160,6 +170,22 @@ class ActsConfig(Config):
                 "acts.chat is 'template' and acts.pretokenized is true; token ids have no roles: "
                 "give one of them"
             )
+
+    @property
+    def site_patterns(self) -> tuple[str, ...]:
+        """The names and patterns of sites that `site` lists.
+
+        Example:
+            >>> from ksparse.config import ActsConfig
+            >>> ActsConfig(site=["resid_post.*", "mlp_out.3"]).site_patterns
+            ('resid_post.*', 'mlp_out.3')
+        """
+        return tuple(filter(None, (part.strip() for part in self.site.split(","))))
+
+    @property
+    def names_several_sites(self) -> bool:
+        """Whether `site` is a list or a pattern, of which only some verbs make one SAE each."""
+        return any(letter in self.site for letter in SEVERAL_SITES)
 
     @property
     def column(self) -> str:

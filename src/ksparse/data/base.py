@@ -45,6 +45,12 @@ class ActivationBatch(NamedTuple):
     """The contexts that the activations are of, where the stream shuffles whole contexts: row i of
     x is position i of `contexts.keep`. A context that crosses the end of a batch is in both, each
     time with the positions of that batch."""
+    others: tuple[Tensor, ...] = ()
+    """[b, d] the same rows at each further site, where the stream reads several."""
+
+    def at(self, number: int) -> ActivationBatch:
+        """Return the batch at one of the stream's sites, by its number."""
+        return self if number == 0 else self._replace(x=self.others[number - 1], others=())
 
 
 class ActivationStream(Protocol):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -25,7 +26,7 @@ _GAIN = 0.97  # a larger size must take less than this share of the time, as it 
 _log = logging.getLogger("ksparse")
 
 
-def choose_lm_batch(lm: LM, corpus: Corpus) -> int:
+def choose_lm_batch(lm: LM, corpus: Corpus, sites: Sequence[str] = ()) -> int:
     """Return the number of contexts in a pass: `acts.lm_batch`, or if that is 0 the fastest.
 
     Sizes are timed in turn on the first contexts of the text, each by its best time for a context;
@@ -34,6 +35,7 @@ def choose_lm_batch(lm: LM, corpus: Corpus) -> int:
     Args:
         lm: The LM, at its site.
         corpus: The text; its `acts.lm_batch` is what was asked for.
+        sites: The sites that a pass reads; by default that of the LM.
 
     Example:
         >>> import dataclasses
@@ -52,7 +54,7 @@ def choose_lm_batch(lm: LM, corpus: Corpus) -> int:
     for _ in range(_ROUNDS):
         for size in sizes:
             try:
-                seconds = _seconds(lm, corpus, contexts[:size]) / size
+                seconds = _seconds(lm, corpus, contexts[:size], sites) / size
             except torch.OutOfMemoryError:
                 best.pop(size, None)
                 sizes = tuple(smaller for smaller in sizes if smaller < size) or sizes[:1]
@@ -80,8 +82,10 @@ def fastest(seconds: dict[int, float]) -> int:
     return min(size for size, time in seconds.items() if time * _GAIN <= least)
 
 
-def _seconds(lm: LM, corpus: Corpus, contexts: list[Context]) -> float:
+def _seconds(lm: LM, corpus: Corpus, contexts: list[Context], sites: Sequence[str]) -> float:
     batch = corpus.batch(contexts)
     began = time.perf_counter()
-    lm.acts(batch.tokens, batch.attention)[0, 0, 0].item()  # waits for an accelerator
+    found = lm.acts_at(sites or (lm.options.site,), batch.tokens, batch.attention)
+    for x in found.values():
+        x[0, 0, 0].item()  # waits for an accelerator
     return time.perf_counter() - began

@@ -41,8 +41,8 @@ class BufferStart(NamedTuple):
 class ShuffleBuffer(NamedTuple):
     """Kept activations of a stretch of text, in the order of the text."""
 
-    x: Tensor
-    """[rows, d] in the precision of `acts.store`."""
+    x: tuple[Tensor, ...]
+    """[rows, d] in the precision of `acts.store`, one for each site."""
     documents: Tensor
     """[rows] index of each row's document."""
     contexts: Tensor
@@ -66,6 +66,8 @@ class LiveStream:
         mesh: the processes that share the stream.
         what: what to call the filling of a buffer in progress reports.
         whole_contexts: shuffle contexts in place of single activations, and hand them out too.
+        others: the same LM at further sites. One pass reads all of them; each has a buffer of its
+            own, in the same order.
     """
 
     def __init__(
@@ -78,8 +80,11 @@ class LiveStream:
         mesh: Mesh = SINGLE_PROCESS,
         what: str = COMPUTING,
         whole_contexts: bool = False,
+        others: Sequence[LM] = (),
     ):
         self.whole_contexts = whole_contexts
+        self.lms = (lm, *others)
+        """The LM at each site."""
         self.lm, self.corpus, self.batch, self.seed, self.mesh = lm, corpus, batch, seed, mesh
         self.d_model = lm.d_model
         self.batches_per_buffer = max(1, corpus.acts.mix // batch)
@@ -122,14 +127,15 @@ class LiveStream:
                 if i + 1 == self.batches_per_buffer:
                     after = self._cursor(number + 1, buffer.next, 0)
                 contexts = self._contexts_of(buffer, chosen) if self.whole_contexts else None
-                x, documents = buffer.x[chosen].float(), buffer.documents[chosen]
-                yield ActivationBatch(x, documents, after, contexts)
+                x, *others = (part[chosen].float() for part in buffer.x)
+                documents = buffer.documents[chosen]
+                yield ActivationBatch(x, documents, after, contexts, tuple(others))
             number, start, done = number + 1, buffer.next, 0
             del buffer  # so that two are never in memory
 
     def _order(self, buffer: ShuffleBuffer, number: int) -> Tensor:
         """Return the order of a buffer's activations, [rows]; whole contexts stay together."""
-        rows = len(buffer.x)
+        rows = len(buffer.documents)
         if not self.whole_contexts:
             return torch.from_numpy(permutation(np.arange(rows), rows, (self.seed, number)))
         count = len(buffer.read)
@@ -152,12 +158,12 @@ class LiveStream:
         buffers = -(-(used + batches) // self.batches_per_buffer)
         return buffers * self.batches_per_buffer * self.batch
 
-    def sample(self, rows: int) -> Tensor:
-        """Return up to `rows` raw activations [rows, d] of the first buffer, without moving any
-        cursor."""
-        buffer = self._buffer(BufferStart(TextCursor(), 0))
-        order = permutation(np.arange(min(rows, len(buffer.x))), len(buffer.x), (self.seed, 0))
-        return buffer.x[torch.from_numpy(order)].float()
+    def sample(self, rows: int, number: int = 0) -> Tensor:
+        """Return up to `rows` raw activations [rows, d] of the first buffer, at one of the sites by
+        its number, without moving any cursor."""
+        x = self._buffer(BufferStart(TextCursor(), 0)).x[number]
+        order = permutation(np.arange(min(rows, len(x))), len(x), (self.seed, 0))
+        return x[torch.from_numpy(order)].float()
 
     def document_names(self, documents: Tensor) -> list[str]:
         """Return the names of documents, for messages."""
@@ -199,12 +205,12 @@ class LiveStream:
         rows = self.batch * self.batches_per_buffer
         report(self.what, 0, rows)
         if not self._lm_batch:  # all processes take the same
-            chosen = choose_lm_batch(self.lm, self.corpus)
+            chosen = choose_lm_batch(self.lm, self.corpus, self.sites)
             self._lm_batch = self.mesh.all_reduce_max_ints("lm_batch", [chosen])[0]
         began = time.monotonic()
         groups, following = self._gather(start, rows)
         dtype = getattr(torch, self.corpus.acts.store)
-        x = torch.empty(rows, self.d_model, dtype=dtype, device=self.lm.device)
+        x = tuple(torch.empty(rows, lm.d_model, dtype=dtype, device=lm.device) for lm in self.lms)
         documents = torch.empty(rows, dtype=torch.long)
         numbers = torch.empty(rows, dtype=torch.long)
         positions = torch.empty(rows, dtype=torch.long) if self.whole_contexts else None
@@ -224,17 +230,32 @@ class LiveStream:
             if positions is not None:
                 positions[at] = keep.nonzero()[:, 1][part]
             if self._rank_of(number, len(groups)) == self.mesh.rank:
-                acts = self.lm.acts(contexts.tokens, contexts.attention)[keep][part]
-                self._check_finite(acts, owners)
-                x[at] = acts
+                for into, site, acts in zip(x, self.sites, self._read(contexts)):
+                    kept = acts[keep][part]
+                    self._check_finite(kept, site, owners)
+                    into[at] = kept
             filled += len(owners)
             ends.append(filled)
             report(self.what, filled, rows)
-        self._broadcast(x, ends)
+        for part_of_site in x:
+            self._broadcast(part_of_site, ends)
         self.rows_computed += rows
         self.seconds_computing += time.monotonic() - began
         read = list(itertools.chain(*groups)) if self.whole_contexts else ()
         return ShuffleBuffer(x, documents, numbers, following, positions, read)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that are read."""
+        return tuple(lm.options.site for lm in self.lms)
+
+    def _read(self, contexts: TokenBatch) -> list[Tensor]:
+        """Return the activations x[b, t, d] of contexts at each site, from one pass."""
+        tokens, attention = contexts.tokens, contexts.attention
+        if len(self.lms) == 1:
+            return [self.lm.acts(tokens, attention)]
+        found = self.lm.acts_at(self.sites, tokens, attention)
+        return [found[site] for site in self.sites]
 
     def _gather(self, start: BufferStart, rows: int) -> tuple[list[list[Context]], BufferStart]:
         """Take contexts until `rows` activations are kept; return them grouped for the LM, and
@@ -284,12 +305,12 @@ class LiveStream:
                 rows = x[ends[computed[0]] : ends[computed[-1] + 1]]
                 self.mesh.broadcast("block", rows.view(torch.uint8), rank)
 
-    def _check_finite(self, x: Tensor, documents: Tensor) -> None:
+    def _check_finite(self, x: Tensor, site: str, documents: Tensor) -> None:
         bad = ~torch.isfinite(x).all(1)
         if bad.any():
             name = self.document_names(documents[bad.cpu()][:1])[0]
             raise NonFiniteError(
-                f"{int(bad.sum())} of {len(x)} activations at {self.lm.options.site} are NaN or "
+                f"{int(bad.sum())} of {len(x)} activations at {site} are NaN or "
                 f"infinite, the first in document {name!r}; leave that document out, or try "
                 "--acts.lm-dtype float32"
             )

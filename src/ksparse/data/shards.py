@@ -133,15 +133,15 @@ def write_sites(
     with atomic.translate_oserrors(Path(parent)):
         manifests = {site: _open_manifest(folders[site], contents[site], corpus) for site in sites}
         complete = all(manifest["complete"] for manifest in manifests.values())
-        lm_batch = 0 if complete else choose_lm_batch(lm, corpus)
-        while not all(manifest["complete"] for manifest in manifests.values()):
-            last = min(manifests.values(), key=lambda manifest: len(manifest["shards"]))
-            number, done = len(last["shards"]), sum(shard["rows"] for shard in last["shards"])
+        lm_batch = 0 if complete else choose_lm_batch(lm, corpus, sites)
+        while here := _furthest_behind(manifests):
+            last = manifests[here[0]]
+            done = sum(shard["rows"] for shard in last["shards"])
             progress(done)
             tensors, place, contexts = _compute_shard(
                 lm,
                 corpus,
-                sites,
+                here,
                 last,
                 min(shard_rows, rows - done),
                 getattr(torch, dtype),
@@ -149,14 +149,24 @@ def write_sites(
                 functools.partial(_add_to, progress, done, rows),
             )
             position = {"place": list(place), "contexts": contexts}
-            for site, x in zip(sites, tensors.pop("x")):
-                # A killed writer may have written this shard for some of the sites.
-                if len(manifests[site]["shards"]) == number:
-                    _add_shard(
-                        folders[site], manifests[site], {"x": x, **tensors}, corpus, position
-                    )
+            for site, x in zip(here, tensors.pop("x")):
+                _add_shard(folders[site], manifests[site], {"x": x, **tensors}, corpus, position)
         progress(rows)
     return [folders[site] for site in sites]
+
+
+def _furthest_behind(manifests: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the sites that are to be read next: of those that are not complete the ones that have
+    come least far. A killed writer, or one of a single site, may have written more of some."""
+    todo = [site for site, manifest in manifests.items() if not manifest["complete"]]
+    least = min((_place(manifests[site]) for site in todo), default=())
+    return [site for site in todo if _place(manifests[site]) == least]
+
+
+def _place(manifest: dict[str, Any]) -> tuple[int, ...]:
+    """Return how far a set has been written: rows, contexts, and the place in the text."""
+    rows = sum(shard["rows"] for shard in manifest["shards"])
+    return rows, manifest["contexts"], *manifest["place"]
 
 
 def _add_to(progress: Progress, before: int, most: int, new: int) -> None:

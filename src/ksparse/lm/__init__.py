@@ -4,6 +4,7 @@
 |---|---|
 | model | `LM`: the model with its tokenizer and site |
 | sites | `resolve`: where `resid_post.8` is, on every architecture |
+| patterns | `sites_of`: the sites that a list or `resid_post.*` names |
 | hooks | reading and changing activations in a forward pass |
 | loading | models and tokenizers, checked for completeness |
 | continuations | running the end of a context many times, with one activation changed |

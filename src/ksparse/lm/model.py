@@ -30,7 +30,7 @@ from ksparse.lm.loading import (
     resolve_dtype,
 )
 from ksparse.lm.redraw import redraw_
-from ksparse.lm.sites import blocks_before, describe_sites, resolve
+from ksparse.lm.sites import blocks_before, describe_sites, require_one, resolve
 from ksparse.lm.tokens import TokenBatch, token_strings, tokenize_text, without_bos
 from ksparse.lookup import function_of
 from ksparse.storage import atomic
@@ -106,6 +106,7 @@ class LM:
     ):
         device = resolve_device(str(device))
         self.options = acts or ActsConfig(lm=str(name), site=site)
+        require_one(self.options.site)
         self.device = torch.device(device)
         source = find_model(self.options.lm)
         self.folder = Path(source) if atomic.exists(Path(source)) else None
@@ -301,7 +302,7 @@ class LM:
                 raise StopForward
 
         with ExitStack() as hooks:
-            for site in set(sites):
+            for site in dict.fromkeys(sites):
                 where = self.site if site == self.options.site else resolve(self.model, site)
                 hooks.enter_context(hooked(where, functools.partial(record, site)))
             with suppress(StopForward):

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ksparse.config import SEVERAL_SITES
 from ksparse.errors import InputError
 from ksparse.lm.hooks import (
     Change,
@@ -78,6 +79,7 @@ def resolve(model: nn.Module, site: str) -> Site:
         InputError: There is no such site, or the alias cannot be confirmed; the message lists the
             sites.
     """
+    require_one(site)
     alias = _ALIAS.fullmatch(site)
     if not alias or not _has_block(model, int(alias[2])):
         return Site(*outline(model, site))
@@ -102,6 +104,7 @@ def outline(model: nn.Module, site: str) -> ModuleEnd:
     Raises:
         InputError: There is no such site.
     """
+    require_one(site)
     if alias := _ALIAS.fullmatch(site):
         if _has_block(model, int(alias[2])):
             block, name = blocks_of(model)[int(alias[2])], alias[1]
@@ -120,6 +123,15 @@ def outline(model: nn.Module, site: str) -> ModuleEnd:
     if module is None or at not in ("", "in", "out"):
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
     return ModuleEnd(module, at or "out")
+
+
+def require_one(site: str) -> None:
+    """Raise InputError for a list or a pattern of sites."""
+    if any(letter in site for letter in SEVERAL_SITES):
+        raise InputError(
+            f"site {site!r} is a list or a pattern, and one site is needed here: give its name, "
+            "such as resid_post.3. Several are for train, shard, sweep and plan"
+        )
 
 
 def _has_block(model: nn.Module, number: int) -> bool:

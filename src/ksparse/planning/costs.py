@@ -10,6 +10,7 @@ Arithmetic; needs no torch.
     largest(case, devices)               how many latents fit
     disk_bytes(recipe, parameters)       checkpoints on disk
     sae_memory(case), add_memory(…)      memory of several SAEs that share a stream
+    site_memory(case)                    what each further site of the stream takes
 
 With n latents, d = d_model, k, and a batch of b tokens on D x L ranks, each rank has n / L latents
 and b / D tokens. docs/scaling-out.md explains the formulas line by line. Memory is the sum of all
@@ -363,14 +364,14 @@ class SAEMemory(NamedTuple):
     """Bytes by part that are needed only during its own step."""
 
 
-def sae_memory(case: PlanInput) -> SAEMemory:
+def sae_memory(case: PlanInput, mesh: MeshConfig = MeshConfig()) -> SAEMemory:
     """Return the memory of one process that belongs to the SAE, without the stream's."""
     held_parts = {"weights", "moments", "average", "start values", "low-precision copies"}
     if case.step in ("torch", "native"):
         held_parts.add("pre-activations")  # a buffer that is used again
     if case.step == "torch" and case.card.host:
         held_parts.add("gradients")
-    parts = {name: size for name, size in memory(case, MeshConfig()).items() if name not in STREAM}
+    parts = {name: size for name, size in memory(case, mesh).items() if name not in STREAM}
     return SAEMemory(
         sum(size for name, size in parts.items() if name in held_parts),
         {name: size for name, size in parts.items() if name not in held_parts},
@@ -386,6 +387,28 @@ def add_memory(saes: Iterable[SAEMemory]) -> float:
         for name, size in sae.working.items():
             working[name] = max(size, working.get(name, 0.0))
     return held + sum(working.values())
+
+
+def site_memory(case: PlanInput, mesh: MeshConfig = MeshConfig()) -> dict[str, float]:
+    """Return the bytes, by part, that each further site takes where one pass of the LM reads
+    several: its shuffle buffer, its held-out activations, what a pass copies, and its batch."""
+    recipe, rank, acts = case.recipe, RankShape(case, mesh), case.recipe.acts
+    if not case.live:
+        return {}
+    contexts = (acts.lm_batch or ActsConfig.lm_batch) * acts.context
+    parts = {
+        "activations block": _shuffle_buffer(case, rank),
+        "held-out activations": 4 * recipe.curve.held_out * rank.d,
+        "LM at work": contexts * rank.d * (4 + bytes_of(acts.lm_dtype)),
+        "batch": 8 * rank.rows * rank.d,
+    }
+    return {name: float(size) for name, size in parts.items() if size}
+
+
+def further_sites(cases: Iterable[PlanInput]) -> float:
+    """Return the bytes that runs at several sites need beyond those at one."""
+    by_site = {case.recipe.acts.site: sum(site_memory(case).values()) for case in cases}
+    return sum(by_site.values()) - max(by_site.values(), default=0.0)
 
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:

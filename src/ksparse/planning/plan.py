@@ -24,6 +24,7 @@ from ksparse.data.sharded import open_shards
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
 from ksparse.limits import LOGITS_BYTES
+from ksparse.lm.hooks import ModuleEnd
 from ksparse.lm.loading import find_model, read_config, without_weights
 from ksparse.lm.model import check_length, longest_context
 from ksparse.lm.sites import outline
@@ -78,10 +79,7 @@ def plan(
     Raises:
         InputError: if the LM cannot be read, or the recipe cannot run on the device.
     """
-    if not 0 <= dead <= 1:
-        raise InputError(f"dead is {dead}; it is the share of latents that are dead, from 0 to 1")
-    case = _case(recipe, card, figures, dead, unseen.subject() or read_lm_spec(recipe))
-    free = shutil.disk_usage(next(p for p in [Path.cwd(), *Path.cwd().parents] if p.exists())).free
+    case = make_case(recipe, card, figures, dead, unseen.subject() or read_lm_spec(recipe))
     return RunPlan(
         case,
         "an LM that is not at hand"
@@ -90,13 +88,26 @@ def plan(
         resolve_device(recipe.run.device) if card == "here" else card,
         costs.estimate(case, costs.mesh_of(recipe)),
         [costs.best(case, count) for count in devices],
-        free,
+        free_bytes(),
     )
 
 
-def _case(
+def free_bytes() -> int:
+    """Return the free bytes on the disk of the working folder."""
+    folder = next(path for path in [Path.cwd(), *Path.cwd().parents] if path.exists())
+    return shutil.disk_usage(folder).free
+
+
+def make_case(
     recipe: Recipe, card: str, figures: hardware.Hardware, dead: float, subject: LMSpec
 ) -> PlanInput:
+    """Return what `costs` needs to know of a recipe on a card of `hardware.DEVICES`, or "here".
+
+    Raises:
+        InputError: `dead` is no share, or the recipe cannot run on the device.
+    """
+    if not 0 <= dead <= 1:
+        raise InputError(f"dead is {dead}; it is the share of latents that are dead, from 0 to 1")
     if card == "here":
         device = resolve_device(recipe.run.device)
         return plan_input(
@@ -149,7 +160,7 @@ def lines(plan: RunPlan) -> list[str]:
     recipe, subject = case.recipe, case.subject
     d, n, kind = subject.d_model, recipe.sae.n_latents, recipe.sae.activation.kind
     aux, tokens = k_aux(recipe.sae, d), recipe.steps * recipe.batch
-    flops_per_token = _flops_per_token(case)
+    per_token = flops_per_token(case)
     devices = f" on each of {requested.devices} devices" if requested.devices > 1 else ""
     return [
         f"subject      {plan.subject}: d_model {d:,}, {subject.parameters / 1e6:,.1f} M "
@@ -162,8 +173,8 @@ def lines(plan: RunPlan) -> list[str]:
         f"memory       {format_bytes(requested.bytes)}{devices}, while {case.dead:.0%} of the "
         "latents are dead: " + by_part(requested.memory),
         f"smaller by   {advice(requested.memory)}",
-        f"FLOPs        {tokens * sum(flops_per_token.values()):.3g}; per activation: "
-        + ", ".join(f"{name} {size:.3g}" for name, size in flops_per_token.items()),
+        f"FLOPs        {tokens * sum(per_token.values()):.3g}; per activation: "
+        + ", ".join(f"{name} {size:.3g}" for name, size in per_token.items()),
         f"disk         {format_bytes(plan.disk)} for {recipe.run.keep} checkpoints and one "
         f"being written; {format_bytes(plan.free)} free here",
         f"time         about {format_duration(tokens / requested.tokens_per_s)} on {plan.device} "
@@ -206,7 +217,7 @@ def _evaluation_lines(plan: RunPlan) -> list[str]:
     ]
 
 
-def _flops_per_token(case: PlanInput) -> dict[str, int]:
+def flops_per_token(case: PlanInput) -> dict[str, int]:
     """Return the FLOPs of training on one activation, by part."""
     recipe, d = case.recipe, case.subject.d_model
     with_auxk = recipe.sae.uses_auxk
@@ -264,16 +275,6 @@ def advice(memory: dict[str, float]) -> str:
             parts_by_flag.setdefault(costs.SMALLER[name], []).append(name)
     flags = list(parts_by_flag.items())[:4]
     return ", ".join(f"{flag} ({', '.join(names)})" for flag, names in flags)
-
-
-def explain_memory(recipe: Recipe) -> str:
-    """Say how much memory the plan of a recipe counts on this machine, and what reduces it."""
-    case = plan_input(recipe, read_lm_spec(recipe), resolve_device(recipe.run.device))
-    parts = costs.memory(case, costs.mesh_of(recipe))
-    return (
-        f"`ksparse plan` counts {format_bytes(sum(parts.values()))} for this recipe; smaller "
-        f"by {advice(parts)}"
-    )
 
 
 # ---- on other devices ----------------------------------------------------------------------------
@@ -418,8 +419,13 @@ def read_lm_spec(recipe: Recipe) -> LMSpec:
     Raises:
         InputError: if there is no such LM, or its context is too short.
     """
+    return read_lm_specs(recipe, [recipe.acts.site])[0]
+
+
+def read_lm_specs(recipe: Recipe, sites: Sequence[str]) -> list[LMSpec]:
+    """Read the sizes of a recipe's LM at several sites, as `read_lm_spec` does at one."""
     if recipe.acts.shards:
-        return LMSpec(open_shards(recipe.acts.shards).d_model, 0, 0)
+        return [LMSpec(open_shards(recipe.acts.shards).d_model, 0, 0)] * len(sites)
     source, options = find_model(recipe.acts.lm), {"trust_remote_code": code_is_trusted()}
     try:
         config = read_config(source, options)
@@ -430,8 +436,8 @@ def read_lm_spec(recipe: Recipe) -> LMSpec:
             "--subject.parameters, --subject.before-site"
         ) from error
     check_length(recipe.acts.context, longest_context(config), recipe.acts.lm, "acts.context")
-    module, at = outline(model, recipe.acts.site)
-    return lm_spec(model, module, at, _width(module, config))
+    ends = [outline(model, site) for site in sites]
+    return [lm_spec(model, end.module, end.at, _width(end, config)) for end in ends]
 
 
 def lm_spec(model: Any, module: torch.nn.Module, at: str, d_model: int) -> LMSpec:
@@ -453,8 +459,11 @@ def lm_spec(model: Any, module: torch.nn.Module, at: str, d_model: int) -> LMSpe
     )
 
 
-def _width(module: torch.nn.Module, config) -> int:
-    return getattr(module, "out_features", None) or config.get_text_config().hidden_size
+def _width(end: ModuleEnd, config: Any) -> int:
+    """Return the width at a module's end: that of a matrix by its sizes, else the stream's."""
+    sizes = ("out_features", "nf") if end.at == "out" else ("in_features", "nx")  # Linear, Conv1D
+    known = [getattr(end.module, size, None) for size in sizes]
+    return next(filter(None, known), None) or config.get_text_config().hidden_size
 
 
 def measure_flops(device: str, size: int = 2048) -> float:

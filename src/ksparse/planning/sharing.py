@@ -12,10 +12,14 @@ def stream_key(recipe: Recipe) -> dict[str, Any]:
     """Return what recipes have in common that can train together.
 
     `train_many` takes recipes with equal keys and no others; a sweep groups its runs by them. The
-    names are those of the recipe's keys, so that a difference can be named.
+    names are those of the recipe's keys, so that a difference can be named. Sites may differ where
+    the LM runs, which one pass reads; shards are of one site.
     """
+    acts = recipe.fingerprint()["acts"]
+    if not recipe.acts.shards:
+        del acts["site"]
     return {
-        "acts": recipe.fingerprint()["acts"],
+        "acts": acts,
         "batch": recipe.batch,
         "order": recipe.data_seed,
         "threads": recipe.threads,

@@ -73,8 +73,13 @@ def fit_buffer(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, mix=mix))
 
 
-def check_parent(parent: RunFolder) -> None:
-    """Raise InputError for a run without weights to begin from."""
+def check_parent(parent: RunFolder, recipe: Recipe) -> None:
+    """Raise InputError for a run without weights to begin from, and for several sites."""
+    if recipe.acts.names_several_sites:
+        raise InputError(
+            f"acts.site is {recipe.acts.site!r}, which may name several sites, and a fine-tune "
+            f"goes on with the SAE of one, {parent.recipe().acts.site}: leave acts.site out"
+        )
     if not parent.has_weights():
         raise InputError(
             f"{parent.path} has no checkpoint to begin from; `ksparse resume {parent.path}` trains "

@@ -16,6 +16,7 @@ inline_figure        the class of figures
 
 sweep, laws  a sweep's folder -> its page; its figures
 studies      a study's folder -> its page
+sites        a folder of runs at several sites -> the sites side by side
 """
 
 from __future__ import annotations

@@ -50,12 +50,38 @@ def write(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     study = read(folder)
+    facts = _facts(study)
+    html = environment().get_template("study.html.jinja").render(facts)
+    if facts["claims"]:
+        page = environment().get_template("study.md.jinja").render(facts)
+        atomic.write_text(atomic.inside(folder, "README.md"), page.replace("&#39;", "'"))
+    for picture in facts["pictures"]:
+        name = checksums.plain_name(picture.name, folder / "study.json")
+        atomic.write_text(atomic.inside(folder, "figures", f"{name}.svg"), picture.svg)
+    atomic.write_text(atomic.inside(folder, "report.html"), html)
+    return folder / "report.html"
+
+
+def render_page(content: dict[str, Any]) -> str:
+    """Return the page of SAEs side by side that are no study.
+
+    Args:
+        content: the keys of study.json that a page needs (name, question, lm, text, findings,
+            members, figures), `kind`, the word for what it is, and `links` {member: its page}.
+    """
+    return environment().get_template("study.html.jinja").render(_facts(content))
+
+
+def _facts(study: dict[str, Any]) -> dict[str, Any]:
+    """Return what the templates show of a study."""
     pictures = [picture for picture in map(draw, study.get("figures", [])) if picture is not None]
     members = study.get("members", {})
     columns = list(dict.fromkeys(name for row in members.values() for name in row))
-    facts = {
+    return {
         "study": study,
         "name": study["name"],
+        "kind": study.get("kind", "study"),
+        "links": study.get("links", {}),
         "pictures": pictures,
         "claims": [judge(claim, pictures) for claim in study.get("claims", [])],
         "questions": [
@@ -70,15 +96,6 @@ def write(folder: Path | str) -> Path:
             for member, row in members.items()
         },
     }
-    html = environment().get_template("study.html.jinja").render(facts)
-    if facts["claims"]:
-        page = environment().get_template("study.md.jinja").render(facts)
-        atomic.write_text(atomic.inside(folder, "README.md"), page.replace("&#39;", "'"))
-    for picture in pictures:
-        name = checksums.plain_name(picture.name, folder / "study.json")
-        atomic.write_text(atomic.inside(folder, "figures", f"{name}.svg"), picture.svg)
-    atomic.write_text(atomic.inside(folder, "report.html"), html)
-    return folder / "report.html"
 
 
 def describe_setup(study: dict[str, Any]) -> list[str]:
@@ -167,6 +184,8 @@ def draw(figure: dict[str, Any]) -> Picture | None:
                     format_thousands(value) if abs(value) >= 1e4 else format_tick(value)
                 )
             )
+        if figure["x"] == "layer":
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(figure["x"])
         axes.set_ylabel(figure["y"])
         add_legend(picture, 3, handlelength=1.6, handletextpad=None)

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from ksparse.errors import CorruptError, InputError
+from ksparse.evals import by_site
 from ksparse.report import laws as figures
+from ksparse.report import studies
 from ksparse.report.figures import Picture, choose_figure, format_tick
 from ksparse.report.page import environment
 from ksparse.report.tables import format_percent
 from ksparse.scaling.laws.forms import LAWS, Columns
-from ksparse.scaling.laws.points import read
+from ksparse.scaling.laws.points import best_lr, read, take
 from ksparse.storage import atomic, jsonio
 
 FORMAT = 1
@@ -65,19 +67,17 @@ class Sweep:
             return {}
         rows = read(file, ("run", "n", "k", "flops", "loss"))
         rows["c"] = rows.pop("flops")
-        lm = self.law_file["subject"].get("lm")
-        good = (
-            (rows["c"] > 0)
-            & (rows["loss"] > 0)
-            & (rows["lm"] == lm if "lm" in rows and lm else True)
-        )
+        good = (rows["c"] > 0) & (rows["loss"] > 0)
+        for name in ("lm", "site"):
+            if name in rows and self.law_file["subject"].get(name):
+                good &= rows[name] == self.law_file["subject"][name]
         return {name: column[good] for name, column in rows.items()}
 
     @property
     def mine(self) -> Columns:
-        """The rows of points.csv of the LM and activation that most laws are fitted to."""
+        """The rows of points.csv of the LM, activation and site that most laws are fitted to."""
         good = np.ones(len(self.rows["n"]), bool)
-        for name in ("lm", "activation"):
+        for name in ("lm", "activation", "site"):
             if name in self.rows and name in self.law_file["subject"]:
                 good &= self.rows[name] == self.law_file["subject"][name]
         return {name: column[good] for name, column in self.rows.items()}
@@ -150,11 +150,9 @@ def write(folder: Path) -> Path:
 def summarize(sweep: Sweep) -> str:
     """Return the laws in a few sentences."""
     rows, laws = sweep.mine, sweep.law_file["laws"]
-    lm = sweep.law_file["subject"].get("lm")
-    sentences = [
-        f"{len(rows['n'])} runs{f' on {lm}' if lm else ''}, n {_range(rows['n'])}, k "
-        f"{_range(rows['k'])}."
-    ]
+    lm, site = (sweep.law_file["subject"].get(name) for name in ("lm", "site"))
+    place = (f" on {lm}" if lm else "") + (f" at {site}" if site else "")
+    sentences = [f"{len(rows['n'])} runs{place}, n {_range(rows['n'])}, k {_range(rows['k'])}."]
     of_size = [laws[name] for name in ("nk", "n") if name in laws]
     if of_size:
         law = min(
@@ -249,6 +247,7 @@ def draw_pictures(sweep: Sweep) -> list[Picture]:
     """Return the pictures that the points are enough for."""
     laws = sweep.law_file["laws"]
     pictures = (
+        draw_sites(sweep.rows, sweep.law_file["subject"]),
         figures.draw_compute_law(
             laws.get("c"), sweep.law_file.get("frontier") or [], sweep.curves, sweep.k
         ),
@@ -261,6 +260,49 @@ def draw_pictures(sweep: Sweep) -> list[Picture]:
         ),
     )
     return [picture for picture in pictures if picture is not None]
+
+
+def draw_sites(rows: Columns, subject: dict[str, Any]) -> Picture | None:
+    """Draw the loss by layer, a curve for each location, n and k; None for fewer than two sites of
+    the laws' LM and activation.
+
+    Where there are several learning rates the best one counts, and of several seeds the geometric
+    mean.
+    """
+    if "site" not in rows:
+        return None
+    good = np.isfinite(rows["loss"]) & (rows["loss"] > 0)
+    for name in ("lm", "activation"):
+        if name in rows and subject.get(name):
+            good &= rows[name] == subject[name]
+    rows = take(rows, good)
+    if len(np.unique(rows["site"])) < 2:
+        return None
+    best = best_lr(rows, ("site", "n", "k"))
+    sizes = sorted(set(zip(best["n"].tolist(), best["k"].tolist())))
+    curves = []
+    for n, k in sizes:
+        here = take(best, (best["n"] == n) & (best["k"] == k))
+        losses = {
+            site: {"value": float(np.exp(np.log(here["loss"][here["site"] == site]).mean()))}
+            for site in dict.fromkeys(here["site"].tolist())
+        }
+        results = {site: {"points": {"loss": loss | {"se": None}}} for site, loss in losses.items()}
+        for curve in by_site.curves(results, "points", "loss"):
+            label = f"{curve.label}, n = {n:,.0f}, k = {k:g}" if len(sizes) > 1 else curve.label
+            curves.append(curve._replace(label=label)._asdict() | {"reference": False})
+    return studies.draw(
+        {
+            "name": "sites",
+            "title": "Loss by layer",
+            "caption": "Held-out normalised MSE of the same SAE at each site; laws are of one "
+            "site.",
+            "x": "layer",
+            "y": "held-out loss",
+            "log": "",
+            "curves": curves,
+        }
+    )
 
 
 def law_tables(sweep: Sweep) -> list[dict[str, Any]]:

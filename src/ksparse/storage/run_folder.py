@@ -242,6 +242,8 @@ class RunFolder:
     def recipe(self) -> config.Recipe:
         """Read the recipe; raise InputError if there is none."""
         if not self.exists():
+            if not self.is_judged():
+                require_one(self.path)
             raise InputError(
                 f"{self.path} holds results of an SAE, not a run: it has no recipe.toml"
                 if self.is_judged()
@@ -652,6 +654,26 @@ def _identity(subject: Subject) -> dict[str, Any]:
     acts = {key: value for key, value in dataclasses.asdict(subject.acts).items()}
     weights = subject.judged.weights_sha256 if subject.judged else None
     return {"the SAE": weights} | {key: acts[key] for key in acts if key not in _SPEED_ONLY}
+
+
+def runs_in(folder: Path | str) -> list[RunFolder]:
+    """Return the runs in a folder, such as those of several sites, by name."""
+    try:
+        names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    except OSError:
+        return []
+    runs = (RunFolder(Path(folder) / name) for name in names if not name.startswith("."))
+    return [run for run in runs if run.exists()]
+
+
+def require_one(folder: Path | str) -> None:
+    """Raise InputError for a folder that holds runs, where one run is needed."""
+    if runs := runs_in(folder):
+        raise InputError(
+            f"{folder} holds {len(runs)} run{'s' * (len(runs) > 1)}, and one is needed here: give "
+            f"its own folder, such as {runs[0].path}; to `ksparse eval` and `compare` all of them, "
+            f"as {folder}/*/"
+        )
 
 
 def open_run(path: Path | str) -> RunFolder:

@@ -13,10 +13,11 @@ from ksparse.config import Recipe
 from ksparse.data import shards
 from ksparse.data.contexts import Corpus
 from ksparse.device import resolve_device
+from ksparse.evals import by_site
 from ksparse.lm.model import LM
 from ksparse.lm.sites import list_sites
 from ksparse.progress import report
-from ksparse.studies.study import Figure, Study, StudyCurve, format_estimate
+from ksparse.studies.study import Figure, Study, StudyCurve
 
 TOKENS, LATENTS, K = 200_000, 2048, 32
 
@@ -33,9 +34,7 @@ def run(study: Study) -> dict[str, Any]:
         study.train({member: recipe}, what=f"training {member}, {number} of {len(members)}")
     for member in members:
         results |= study.evaluate([member], ("stats", "downstream", "positions"))
-    locations: dict[str, list[str]] = {}
-    for member in members:
-        locations.setdefault(member.rpartition(".")[0], []).append(member)
+    locations = by_site.locations(results)
     return {
         "question": "At which layer and location are activations easy to reconstruct, and where "
         "does that matter to the LM?",
@@ -89,10 +88,7 @@ def _figures(locations: dict[str, list[str]], results: dict[str, Any]) -> list[F
         ),
     )
     return [
-        *(
-            _by_layer(name, title, y, locations, results, *keys)
-            for name, title, y, *keys in by_layer
-        ),
+        *(_by_layer(name, title, y, results, *keys) for name, title, y, *keys in by_layer),
         *(
             _by_position(name, title, y, locations, results, *keys)
             for name, title, y, *keys in by_position
@@ -133,20 +129,11 @@ def _by_layer(
     name: str,
     title: str,
     y: str,
-    locations: dict[str, list[str]],
     results: dict[str, Any],
     evaluation: str,
     key: str,
 ) -> Figure:
-    curves = [
-        StudyCurve(
-            location,
-            [int(member.rpartition(".")[2]) for member in sites],
-            [results[member][evaluation][key]["value"] for member in sites],
-            [results[member][evaluation][key]["se"] for member in sites],
-        )
-        for location, sites in locations.items()
-    ]
+    curves = [StudyCurve(*curve) for curve in by_site.curves(results, evaluation, key)]
     return Figure(
         name,
         title,
@@ -189,20 +176,7 @@ def _by_position(
 
 
 def _findings(locations: dict[str, list[str]], results: dict[str, Any]) -> list[str]:
-    findings = []
-    for location, sites in locations.items():
-        best, worst = (
-            pick(sites, key=lambda member: results[member]["stats"]["nmse"]["value"])
-            for pick in (min, max)
-        )
-        losses = [format_estimate(results[member]["downstream"]["ce_delta"]) for member in sites]
-        findings.append(
-            f"{location}: error from {format_estimate(results[best]['stats']['nmse'])} at {best} "
-            "to "
-            f"{format_estimate(results[worst]['stats']['nmse'])} at {worst}; "
-            "delta CE "
-            f"{', '.join(losses)} by layer."
-        )
+    findings = by_site.findings(results)
     for member in locations.get("resid_post", []):
         positions = results[member]["positions"]
         third = max(1, len(positions["positions"]) // 3)

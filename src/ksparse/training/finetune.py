@@ -54,7 +54,7 @@ def finetune(
     """
     parent = run if isinstance(run, RunFolder) else RunFolder(Path(run))
     recipe = fit_buffer(recipe_of(finetune_recipe(parent, loss, tokens), **keywords))
-    check_parent(parent)
+    check_parent(parent, recipe)
     return train(
         recipe,
         default_folder(parent, recipe) if out is None else out,

@@ -9,9 +9,10 @@ ActivationSource(recipe, device)
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -64,11 +65,23 @@ class ActivationSource:
         recipe: names the activations; of several SAEs' recipes, any.
         device: where to put them.
         mesh: the processes that share the stream.
+        sites: sites of the LM that one pass reads; by default the recipe's alone. `at` gives the
+            source of the SAEs at each; this one is that of the first.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, mesh: Mesh = SINGLE_PROCESS):
+    number = 0
+    """Which of the stream's sites this is."""
+    _whole: ActivationSource | None = None
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        mesh: Mesh = SINGLE_PROCESS,
+        sites: Sequence[str] = (),
+    ):
         self.recipe, self.device, self.mesh = recipe, device, mesh
-        self.source, self.policy = open_stream(recipe, device, mesh)
+        self.source, self.policy = open_stream(recipe, device, mesh, sites[1:])
         depth = (
             SHARD_BATCHES
             if isinstance(self.source, ShardStream)
@@ -82,6 +95,43 @@ class ActivationSource:
         self.seconds_waited = 0.0
         """Seconds that training has waited for batches."""
         self._centers: dict[str, Tensor] = {}
+
+    @property
+    def whole(self) -> ActivationSource:
+        """The source that has the stream and counts the time: this one, or that of the first
+        site."""
+        return self._whole or self
+
+    def at(self, number: int, recipe: Recipe) -> ActivationSource:
+        """Return the source of the SAEs at one of the sites.
+
+        Args:
+            number: of the site, among `sites`; 0 is this source itself.
+            recipe: a recipe at that site.
+        """
+        if number == 0:
+            return self
+        other = copy.copy(self)
+        other.recipe, other.number, other._whole, other._centers = recipe, number, self, {}
+        for name in _OF_A_SITE:
+            other.__dict__.pop(name, None)
+        return other
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        if isinstance(self.source, LiveStream):
+            return self.source.lms[self.number].d_model
+        return self.stream.d_model
+
+    @property
+    def lm(self) -> LM | None:
+        """The LM at the site; None where activations come from elsewhere."""
+        return self.source.lms[self.number] if isinstance(self.source, LiveStream) else None
+
+    def forget_calibration(self) -> None:
+        """Free the calibration sample, of which an SAE needs nothing once it has begun."""
+        self.__dict__.pop("calibration", None)
 
     def next_batch(self, batches: Iterator[ActivationBatch]) -> ActivationBatch:
         """Return the next batch, and add the time that it took to `waited`."""
@@ -104,7 +154,7 @@ class ActivationSource:
         if not (isinstance(stream, LiveStream) and stream.rows_computed):
             return elapsed / tokens
         lm = stream.seconds_computing / stream.rows_computed
-        step = max(0.0, elapsed - self.seconds_waited) / tokens
+        step = max(0.0, elapsed - self.whole.seconds_waited) / tokens
         return max(step, lm) if self.prefetches else step + lm
 
     def expected_parts(self, cursor: Cursor | None, steps: int, tokens: int) -> dict[str, Expected]:
@@ -115,7 +165,7 @@ class ActivationSource:
             steps: batches that are still to be read.
             tokens: tokens of all SAEs, those that they have already trained on included.
         """
-        recipe, d_model = self.recipe, self.stream.d_model
+        recipe, d_model = self.recipe, self.d_model
         flops_of_step = (
             flops.encoder(recipe, d_model) + flops.decoder(recipe, d_model) + self.flops_of_lm_loss
         )
@@ -128,7 +178,12 @@ class ActivationSource:
     @cached_property
     def calibration(self) -> Calibration:
         """The calibration sample; reading it does not move the stream."""
-        raw, normalization = self.source.sample(SAMPLE), self.recipe.acts.normalize
+        normalization = self.recipe.acts.normalize
+        raw = (
+            self.source.sample(SAMPLE, self.number)
+            if isinstance(self.source, LiveStream)
+            else self.source.sample(SAMPLE)
+        )
         report("measuring the first activations")
         factor = dataset_factor(raw) if normalization == "dataset" else 1.0
         x = normalize(raw, normalization, factor).x
@@ -150,15 +205,13 @@ class ActivationSource:
     @cached_property
     def lm_parameters(self) -> int:
         """Parameters of the LM's matrices up to the site; 0 if activations come from shards."""
-        lm = getattr(self.source, "lm", None)
+        lm = self.lm
         return flops.before_site(lm.model, lm.module, lm.at) if lm else 0
 
     @cached_property
     def lm_loss(self) -> LMLoss | None:
         """The loss of the LM behind the site; None where the recipes have none."""
-        if not self.recipe.sae.uses_lm or not isinstance(self.source, LiveStream):
-            return None
-        return LMLoss(self.source.lm)
+        return LMLoss(self.lm) if self.recipe.sae.uses_lm and self.lm else None
 
     @cached_property
     def flops_of_lm_loss(self) -> int:
@@ -172,33 +225,47 @@ class ActivationSource:
     def held_out(self) -> Tensor:
         """Raw activations [`curve.held_out`, d_model] of the held-out documents. Read it before the
         stream, which may run the LM in a thread."""
+        return self.whole._held_out_of_sites[self.number]
+
+    @cached_property
+    def _held_out_of_sites(self) -> list[Tensor]:
+        """The held-out activations of each site, from one pass."""
         rows, recipe = self.recipe.curve.held_out, self.recipe
         if isinstance(self.source, GeneratedStream):
-            return self.source.rows(rows, HELD_OUT)
+            return [self.source.rows(rows, HELD_OUT)]
         if isinstance(self.source, ShardStream) and isinstance(self.source.shards, Tensors):
             apart = Tensors(self.source.shards.folder, "validation")
-            return ShardStream(apart, batch=rows, seed=0, device=self.device).sample(rows)
+            return [ShardStream(apart, batch=rows, seed=0, device=self.device).sample(rows)]
         # The same passes in a resumed run, which reads these before its cursor is known.
         lm_batch = recipe.acts.lm_batch or ActsConfig.lm_batch
         acts = dataclasses.replace(recipe.acts, mix=rows, lm_batch=lm_batch)
-        lm = (
-            self.source.lm
+        lm, *others = (
+            self.source.lms
             if isinstance(self.source, LiveStream)
-            else LM(acts=acts, device=str(self.device))
+            else (LM(acts=acts, device=str(self.device)),)
         )
-        return LiveStream(
+        stream = LiveStream(
             lm,
             Corpus(acts, lm.tokenizer, "validation", per_document=PER_DOCUMENT),
             batch=rows,
             seed=0,
             what="computing held-out activations",
-        ).sample(rows)
+            others=others,
+        )
+        return [stream.sample(rows, number) for number in range(1 + len(others))]
+
+
+_OF_A_SITE = ("calibration", "lm_parameters", "lm_loss", "flops_of_lm_loss", "held_out")
+"""What `ActivationSource` computes once for each site."""
 
 
 def open_stream(
-    recipe: Recipe, device: torch.device, mesh: Mesh = SINGLE_PROCESS
+    recipe: Recipe,
+    device: torch.device,
+    mesh: Mesh = SINGLE_PROCESS,
+    others: Sequence[str] = (),
 ) -> tuple[ActivationStream, dict[str, Any]]:
-    """Open the stream of activations that a recipe names.
+    """Open the stream of activations that a recipe names, and of the same LM's at other sites.
 
     Returns:
         The stream, and the policy that says which tokens it keeps.
@@ -227,8 +294,10 @@ def open_stream(
     report("loading the LM")
     lm = LM(acts=acts, device=str(device))
     corpus = Corpus(acts, lm.tokenizer, "train")
+    at_others = [lm.at_site(site) for site in others]
     if recipe.sae.uses_lm:
-        lm.check_changes()
+        for each in (lm, *at_others):
+            each.check_changes()
     stream = LiveStream(
         lm,
         corpus,
@@ -236,5 +305,6 @@ def open_stream(
         seed=recipe.data_seed,
         mesh=mesh,
         whole_contexts=recipe.sae.uses_lm,
+        others=at_others,
     )
     return stream, corpus.policy()

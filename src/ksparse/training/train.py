@@ -15,9 +15,10 @@ from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import torch
+from torch import Tensor
 
 from ksparse import display, distributed
 from ksparse import progress as reports
@@ -30,19 +31,21 @@ from ksparse.config import (
     recipe_of,
     to_toml,
 )
+from ksparse.data.base import ActivationBatch
 from ksparse.data.shards import Shards
 from ksparse.data.tensors import is_index
 from ksparse.device import resolve_device
 from ksparse.distributed import Mesh
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
 from ksparse.lm.loading import loading_options, resolve_dtype
-from ksparse.planning.plan import explain_memory
 from ksparse.planning.sharing import stream_key
+from ksparse.planning.sites import explain_memory
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 from ksparse.training import checkpoint, own_data
 from ksparse.training.checkpoint import TrainState
 from ksparse.training.resume import check_same, restore
+from ksparse.training.sites import at_sites, site_folder
 from ksparse.training.source import TRAINING, ActivationSource
 from ksparse.training.steps.autograd import AutogradStep
 from ksparse.training.trainer import SAETrainer, finished, start
@@ -52,7 +55,48 @@ log = logging.getLogger("ksparse")
 
 Saved = tuple[TrainState, AutogradStep]
 """What is restored of a run: its state, and its training step with the weights."""
+
+
+class Unfinished(NamedTuple):
+    """A run with steps left, and what was restored of it; None for a new one."""
+
+    run: RunFolder
+    recipe: Recipe
+    saved: Saved | None
+
+    @property
+    def state(self) -> TrainState | None:
+        """Its state, if it was restored."""
+        return self.saved[0] if self.saved else None
+
+
 MetricsCallback = Callable[[dict[str, Any]], None]
+
+
+@overload
+def train(
+    recipe: Recipe | Path | str | dict[str, Any] | None = None,
+    out: Path | str | None = None,
+    *,
+    site: list[str] | tuple[str, ...],
+    observe: MetricsCallback = ...,
+    trust_remote_code: bool = ...,
+    progress: bool = ...,
+    **keywords: Any,
+) -> dict[str, RunFolder]: ...
+
+
+@overload
+def train(
+    recipe: Recipe | Path | str | dict[str, Any] | None = None,
+    out: Path | str | None = None,
+    *,
+    data: Any = None,
+    observe: MetricsCallback = ...,
+    trust_remote_code: bool = ...,
+    progress: bool = ...,
+    **keywords: Any,
+) -> RunFolder: ...
 
 
 def train(
@@ -64,16 +108,19 @@ def train(
     trust_remote_code: bool = False,
     progress: bool = True,
     **keywords: Any,
-) -> RunFolder:
+) -> RunFolder | dict[str, RunFolder]:
     """Train one SAE, or continue its run if the folder holds one with the same recipe.
+
+    Where `site` is a list or a pattern, train one at each site, on one pass of the LM.
 
     Args:
         recipe: what to train: a recipe, a TOML file or nested dictionaries; by default the demo's.
-        out: the run's folder; runs/HASH by default, with a hash of the recipe.
+        out: the run's folder; runs/HASH by default, with a hash of the recipe. Of several sites,
+            the folder in which each has its own, named by the site.
         data: activations to train on in place of an LM's: a numpy array or torch tensor [rows, d],
             an iterator of them, which is written to the run's folder first, or a folder or file
             (docs/own-activations.md); or known features, `ksparse.config.Planted` (docs/kinds.md).
-        observe: called with each row of metrics.
+        observe: called with each row of metrics; of several sites it says which, `row["site"]`.
         trust_remote_code: allow code that comes with the LM to run, during this call.
         progress: show how far it is on standard error: a bar on a terminal, one line in a notebook,
             a line every few seconds in a log.
@@ -81,10 +128,11 @@ def train(
             `recipe` (`ksparse.config.recipe_of`).
 
     Returns:
-        The run's folder.
+        The run's folder; of several sites {site: its run's folder}.
 
     Raises:
-        InputError: if the recipe cannot be trained, or the folder holds something else.
+        InputError: if the recipe cannot be trained, or the folder holds something else; if the LM
+            has no site of a name or pattern.
         Interrupted: on Ctrl-C, SIGTERM or SIGHUP, after a checkpoint was saved.
         NonFiniteError: if the loss or its gradient is not finite.
 
@@ -100,21 +148,37 @@ def train(
         >>> run = ksparse.train(
         ...     data=torch.randn(4096, 16), n_latents=64, k=4, tokens=2048, out="runs/own"
         ... )
+        >>> runs = ksparse.train(
+        ...     lm="pylm/0.3m", site=["resid_post.[01]", "mlp_out.0"], n_latents=64, k=4,
+        ...     tokens=2048, mix=2048, out="runs/sites",
+        ... )
+        >>> list(runs), runs["mlp_out.0"].path.as_posix()
+        (['resid_post.0', 'resid_post.1', 'mlp_out.0'], 'runs/sites/mlp_out.0')
     """
     recipe = recipe_of(recipe, **keywords)
     with trusted(trust_remote_code), display.shown("training", progress) as bar:
+        several = recipe.acts.names_several_sites
+        if data is not None:
+            if several:
+                raise InputError(
+                    f"data is given and acts.site is {recipe.acts.site!r}, which may name several "
+                    "sites; give the activations of each with a call of its own"
+                )
+            recipe, out = own_data.place(data, recipe, out)
+        out = out or f"runs/{jsonio.digest(recipe.fingerprint())}"
+        recipes = at_sites(recipe)
+        folders = [site_folder(out, site) if several else Path(out) for site in recipes]
+        sites = dict(zip(folders, recipes)) if several else {}
 
         def tell(run: RunFolder, row: dict[str, Any]) -> None:
+            if run.path in sites:
+                row = row | {"site": sites[run.path]}
             if bar:
                 bar.note_metrics(row)
             observe(row)
 
-        if data is not None:
-            placed, out = own_data.place(data, recipe, out)
-        else:
-            placed = recipe
-        out = out or f"runs/{jsonio.digest(recipe.fingerprint())}"
-        return train_many([placed], [out], observe=tell)[0]
+        runs = train_many(list(recipes.values()), folders, observe=tell)
+        return dict(zip(recipes, runs)) if several else runs[0]
 
 
 def train_many(
@@ -126,10 +190,11 @@ def train_many(
 ) -> list[RunFolder]:
     """Train SAEs that share one stream of activations; each run is what it would be alone.
 
-    The LM and the normalization run once for all. Runs may be new, unfinished at different steps,
-    or finished: the stream starts where the run that is furthest behind needs it, and the others
-    join at their own step. A run whose loss is not finite leaves; its error is raised when the
-    others have finished.
+    The LM and the normalization run once for all. Recipes at several sites of the LM share its
+    passes, each of which reads them all; each site has a shuffle buffer of its own. Runs may be
+    new, unfinished at different steps, or finished: the stream starts where the run that is
+    furthest behind needs it, and the others join at their own step. A run whose loss is not finite
+    leaves; its error is raised when the others have finished.
 
     Args:
         recipes: what to train; their `stream_key`s must be equal.
@@ -147,7 +212,7 @@ def train_many(
         NonFiniteError: if the loss or gradient of a run is not finite.
     """
     shared, runs = shared_stream(recipes), [RunFolder(Path(out)) for out in outs]
-    with ExitStack() as stack, _explain_out_of_memory(shared):
+    with ExitStack() as stack, _explain_out_of_memory(recipes):
         device = distributed.local_device(resolve_device(shared.run.device))
         recipes = [_with_lm_dtype(recipe, device) for recipe in recipes]
         shared = recipes[0]
@@ -163,16 +228,23 @@ def train_many(
         unfinished = _restore_unfinished(runs, recipes, torch.device(device), mesh)
         if not unfinished:
             return runs
-        source = open_source(shared, torch.device(device), *([mesh] if mesh.size > 1 else []))
+        groups = _by_site(unfinished)
+        sources = _open_sources(open_source, groups, torch.device(device), mesh)
         for run, _, saved in unfinished:
-            _check_unchanged(run, saved, source)
-        reports.expect(_expected_parts(source, unfinished))
-        trainers = [
-            SAETrainer(run, recipe, source, *(saved or start(recipe, source, mesh)), saver, observe)
-            for run, recipe, saved in unfinished
-        ]
+            _check_unchanged(run, saved, sources[0])
+        reports.expect(_expected_parts(sources, groups))
+        trainers: list[SAETrainer] = []
+        for source, group in zip(sources, groups):
+            trainers += (
+                SAETrainer(
+                    run, recipe, source, *(saved or start(recipe, source, mesh)), saver, observe
+                )
+                for run, recipe, saved in group
+            )
+            if len(groups) > 1:  # one sample in memory at a time
+                source.forget_calibration()
         mesh.on_rank0("room", lambda: _check_room(trainers))
-        _take_all_steps(trainers, source, signals)
+        _take_all_steps(trainers, sources[0], signals)
         saver.wait()
     for trainer in trainers:
         if trainer.failed:
@@ -180,17 +252,47 @@ def train_many(
     return runs
 
 
+def _by_site(unfinished: list[Unfinished]) -> list[list[Unfinished]]:
+    """Return runs grouped by their sites."""
+    groups: dict[str, list[Unfinished]] = {}
+    for one in unfinished:
+        groups.setdefault(one.recipe.acts.site, []).append(one)
+    return list(groups.values())
+
+
+def _open_sources(
+    open_source: Callable[..., ActivationSource],
+    groups: list[list[Unfinished]],
+    device: torch.device,
+    mesh: Mesh,
+) -> list[ActivationSource]:
+    """Open the activations of each group of runs, from one stream; the first has the stream."""
+    recipes = [group[0].recipe for group in groups]
+    several = {"sites": [recipe.acts.site for recipe in recipes]} if len(groups) > 1 else {}
+    first = open_source(recipes[0], device, *([mesh] if mesh.size > 1 else []), **several)
+    return [first.at(number, recipe) for number, recipe in enumerate(recipes)]
+
+
 def _expected_parts(
-    source: ActivationSource, unfinished: list[tuple[RunFolder, Recipe, Saved | None]]
+    sources: list[ActivationSource], groups: list[list[Unfinished]]
 ) -> dict[str, reports.Expected]:
-    """Return the work that runs have left, for `reports.expect`."""
-    states = [saved[0] if saved else None for _, _, saved in unfinished]
-    steps = [state.step if state else 0 for state in states]
-    behind = steps.index(min(steps))
-    last = max(recipe.steps for _, recipe, _ in unfinished)
-    tokens = sum(recipe.steps * recipe.batch for _, recipe, _ in unfinished)
-    state = states[behind]
-    return source.expected_parts(state.cursor if state else None, last - steps[behind], tokens)
+    """Return the work that runs have left, for `reports.expect`; each site is read in one pass of
+    the LM, to the last of them."""
+    everyone = [one for group in groups for one in group]
+    behind = min(everyone, key=lambda one: one.state.step if one.state else 0).state
+    steps = max(one.recipe.steps for one in everyone) - (behind.step if behind else 0)
+    parts: dict[str, reports.Expected] = {}
+    for source, group in zip(sources, groups):
+        tokens = sum(one.recipe.steps * one.recipe.batch for one in group)
+        found = source.expected_parts(behind.cursor if behind else None, steps, tokens)
+        for name, part in found.items():
+            known = parts.get(name, reports.Expected(0.0, 0))
+            parts[name] = (
+                reports.Expected(known.work + part.work, known.units + part.units)
+                if name == TRAINING
+                else max(known, part)
+            )
+    return parts
 
 
 def _take_all_steps(
@@ -207,17 +309,28 @@ def _take_all_steps(
         while trainers:
             batch = source.next_batch(batches)
             step += 1
-            x = trainers[0].optimizer.sae.normalize(batch.x).x
             joined = [trainer for trainer in trainers if trainer.state.step == step - 1]
-            results = [trainer.step(batch, x) for trainer in joined]
+            inputs = _inputs(batch, joined)
+            results = [trainer.step(*inputs[trainer.source.number]) for trainer in joined]
             for trainer, (losses, grad_norm) in zip(joined, results):
-                trainer.log(x, losses, grad_norm)
+                trainer.log(inputs[trainer.source.number][1], losses, grad_norm)
             signum = _save_due(joined, signals, mesh)
             reports.report(TRAINING, sum(trainer.state.tokens for trainer in everyone), total)
             trainers = [t for t in trainers if not t.ended and not t.failed]
             if signum and trainers:
                 saver.wait()
                 raise Interrupted(_stop_message(trainers, time.monotonic() - began), signum)
+
+
+def _inputs(
+    batch: ActivationBatch, trainers: list[SAETrainer]
+) -> dict[int, tuple[ActivationBatch, Tensor]]:
+    """Return the batch at the site of each trainer, by its number, with its normalized
+    activations."""
+    sites = {trainer.source.number: trainer.optimizer.sae for trainer in trainers}
+    return {
+        number: (part := batch.at(number), sae.normalize(part.x).x) for number, sae in sites.items()
+    }
 
 
 def _save_due(trainers: list[SAETrainer], signals: list[int], mesh: Mesh) -> int:
@@ -315,11 +428,11 @@ def begin(run: RunFolder, recipe: Recipe) -> None:
 
 def _restore_unfinished(
     runs: Sequence[RunFolder], recipes: Sequence[Recipe], device: torch.device, mesh: Mesh
-) -> list[tuple[RunFolder, Recipe, Saved | None]]:
-    """Restore all runs; return those with steps left, and what was restored, None for a new one."""
+) -> list[Unfinished]:
+    """Restore all runs; return those with steps left."""
     restored = [restore(run, recipe, device, mesh) for run, recipe in zip(runs, recipes)]
     return [
-        (run, recipe, saved)
+        Unfinished(run, recipe, saved)
         for run, recipe, saved in zip(runs, recipes, restored)
         if saved is None or not finished(recipe, saved[0])
     ]
@@ -411,7 +524,7 @@ def _stop_message(unfinished: list[SAETrainer], seconds: float) -> str:
 
 
 @contextmanager
-def _explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
+def _explain_out_of_memory(recipes: Sequence[Recipe]) -> Iterator[None]:
     """Turn a lack of memory into an error that says what the plan counts and what reduces it."""
     try:
         yield
@@ -423,5 +536,5 @@ def _explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
             raise
         raise OutOfMemoryError(
             f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]} "
-            f"{explain_memory(recipe)}"
+            f"{explain_memory(recipes)}"
         ) from error

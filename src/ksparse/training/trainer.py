@@ -151,7 +151,7 @@ class SAETrainer:
             metrics(losses, grad_norm, state, self.recipe, mixing, self.optimizer)
             | self.optimizer.audit(x[:AUDITED])
             | {
-                "waiting": self.source.seconds_waited / max(elapsed, 1e-9),
+                "waiting": self.source.whole.seconds_waited / max(elapsed, 1e-9),
                 "tokens_per_s": 1 / max(self.source.seconds_per_token(elapsed, tokens), 1e-12),
                 "seconds": state.seconds,
             }
@@ -263,14 +263,14 @@ def start(
     """
     calibration = source.calibration
     shape = Shape(
-        source.stream.d_model,
+        source.d_model,
         recipe.sae.n_latents,
         recipe.sae.k_at(1, recipe.steps),
         recipe.acts.normalize,
         calibration.factor,
         recipe.sae.activation.kind,
     )
-    lm = getattr(source.source, "lm", None)
+    lm = source.lm
     metadata = {
         "acts": asdict(recipe.acts),
         **({"subject": describe_lm(lm.model)} if lm else {}),

@@ -19,7 +19,7 @@ import numpy as np
 from ksparse.errors import InputError, unknown
 from ksparse.scaling.laws.forms import Columns, LawKind
 
-WORDS = ("run", "activation", "lm", "converged")
+WORDS = ("run", "activation", "lm", "site", "converged")
 """Columns that hold text; all others hold numbers."""
 
 

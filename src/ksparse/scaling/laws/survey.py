@@ -296,22 +296,35 @@ def _read(folder: Path) -> _Runs:
             + "."
         )
     runs.rows = take(rows, finite)
-    for name in ("lm", "activation"):
+    for name, words in (("lm", ""), ("activation", "with activation"), ("site", "at")):
         if name in rows and finite.any():
-            values, counts = np.unique(runs.rows[name], return_counts=True)
-            runs.subject[name] = str(values[counts.argmax()])
-            if len(values) > 1 and name == "activation":
-                runs.notes.append(
-                    f"Laws are of the runs with activation {runs.subject[name]}; those with "
-                    f"{', '.join(sorted(set(values) - {runs.subject[name]}))} "
-                    "are left out."
-                )
-                runs.rows = take(runs.rows, runs.rows[name] == runs.subject[name])
-            elif len(values) > 1:
-                runs.notes.append(
-                    f"All laws but L_s(N) are of {runs.subject[name]}, the LM with the most runs."
-                )
+            _choose_commonest(runs, name, words)
     return runs
+
+
+def _choose_commonest(runs: _Runs, name: str, words: str) -> None:
+    """Note in the subject the value of a column that most runs have; leave out the runs of others,
+    but not those of other LMs."""
+    values, counts = np.unique(runs.rows[name], return_counts=True)
+    if name == "site" and len(values) > 1 and _sites_go_with_lms(runs.rows):
+        return
+    chosen = runs.subject[name] = str(values[counts.argmax()])
+    if len(values) == 1:
+        return
+    if name == "lm":
+        runs.notes.append(f"All laws but L_s(N) are of {chosen}, the LM with the most runs.")
+        return
+    runs.notes.append(
+        f"Laws are of the runs {words} {chosen}; those {words.partition(' ')[0]} "
+        f"{', '.join(sorted(set(values) - {chosen}))} are left out."
+    )
+    runs.rows = take(runs.rows, runs.rows[name] == chosen)
+
+
+def _sites_go_with_lms(rows: Columns) -> bool:
+    """Return whether each LM was read at one site of its own, as in a law over LMs."""
+    pairs = set(zip(rows["lm"].tolist(), rows["site"].tolist())) if "lm" in rows else set()
+    return len(pairs) > 1 and len(pairs) == len({lm for lm, _ in pairs})
 
 
 def _run_name(rows: Columns, i: int) -> str:

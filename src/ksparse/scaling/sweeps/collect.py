@@ -26,6 +26,7 @@ POINTS = (
     "activation",
     "d_model",
     "lm",
+    "site",
     "lm_parameters",
     "lm_flops",
     "batch",
@@ -39,7 +40,20 @@ POINTS = (
     "loss_ema",
     "dead",
 )
-CURVES = ("run", "n", "k", "lr", "seed", "lm", "tokens", "flops", "loss", "loss_raw", "loss_ema")
+CURVES = (
+    "run",
+    "n",
+    "k",
+    "lr",
+    "seed",
+    "lm",
+    "site",
+    "tokens",
+    "flops",
+    "loss",
+    "loss_raw",
+    "loss_ema",
+)
 
 
 def collect(sweep: SweepFolder) -> int:
@@ -88,6 +102,7 @@ def _run_columns(run: RunFolder, subjects: dict[tuple[str, str], dict[str, Any]]
         "activation": config.get("activation", "topk"),
         "d_model": config["d_model"],
         "lm": recipe.acts.lm,
+        "site": recipe.acts.site,
         "batch": recipe.batch,
     } | subjects[subject]
 
@@ -109,7 +124,8 @@ def _format_csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(columns)
     for row in sorted(
-        rows, key=lambda row: (row["lm"], row["k"], row["n"], row["run"], row["tokens"])
+        rows,
+        key=lambda row: (row["lm"], row["site"], row["k"], row["n"], row["run"], row["tokens"]),
     ):
         writer.writerow(["" if row.get(name) is None else row[name] for name in columns])
     return stream.getvalue()

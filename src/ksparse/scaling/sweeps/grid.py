@@ -22,14 +22,14 @@ from contextlib import suppress
 from csv import DictReader
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ksparse import config as recipes
 from ksparse import display
 from ksparse.config import Recipe
 from ksparse.errors import InputError
 from ksparse.lookup import function_of
-from ksparse.planning.costs import PlanInput, SAEMemory, add_memory, sae_memory
+from ksparse.planning.costs import PlanInput, SAEMemory, add_memory, sae_memory, site_memory
 from ksparse.planning.sharing import stream_key
 from ksparse.storage import atomic, checksums, jsonio
 from ksparse.storage.run_folder import RunFolder
@@ -85,12 +85,14 @@ class SweepFolder:
         """Return the finished runs as a table."""
         formats = {"n": ",", "k": "", "tokens": ",", "loss": ".4f", "dead": ".1%"}
         runs = sorted(self.points(), key=lambda row: (row["n"], row["k"]))
+        header: tuple[str, ...] = ("latents", "k", "tokens", "held-out nmse", "dead")
+        if len({row.get("site") for row in runs}) > 1:
+            formats, header = {"site": ""} | formats, ("site", *header)
         rows = [
             ["-" if row.get(key) is None else format(row[key], how) for key, how in formats.items()]
             for row in runs
         ]
         title = f"Sweep {self.path}: {len(rows)} finished runs"
-        header = ("latents", "k", "tokens", "held-out nmse", "dead")
         return display.Table(title, header, rows)
 
     def figures(self) -> dict[str, Any]:
@@ -175,9 +177,18 @@ def grid_of(table: dict[str, Any], file: Path) -> Grid:
     by_name: dict[str, Recipe] = {}
     for grid in grids:
         for point in _points(grid, file):
-            recipe = _recipe(table, point, file)
-            by_name[jsonio.digest(recipe.fingerprint())] = recipe
+            for recipe in _at_sites(_recipe(table, point, file)):
+                by_name[jsonio.digest(recipe.fingerprint())] = recipe
     return Grid(file, by_name)
+
+
+def _at_sites(recipe: Recipe) -> list[Recipe]:
+    """Return a recipe at each of the sites that its list or pattern names."""
+    if not recipe.acts.names_several_sites:
+        return [recipe]
+    from ksparse.training.sites import at_sites  # needs torch, to read the LM's config
+
+    return list(at_sites(recipe).values())
 
 
 def _points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
@@ -264,7 +275,9 @@ def finished(run: RunFolder) -> bool:
 def group_runs(inputs: dict[str, PlanInput], *, memory: float, workers: int = 1) -> list[list[str]]:
     """Divide runs into groups that share a stream and fit into memory.
 
-    Costly runs are assigned first, each to the group with the least work.
+    Costly runs are assigned first, each to the group with the least work. Runs at one site stay
+    together where there are no more groups than sites: each group has a shuffle buffer for each of
+    its sites.
 
     Args:
         inputs: the runs by name, with what planning knows of them.
@@ -279,11 +292,16 @@ def group_runs(inputs: dict[str, PlanInput], *, memory: float, workers: int = 1)
         key = json.dumps(stream_key(case.recipe), sort_keys=True)
         streams.setdefault(key, []).append(name)
     work = {name: case.recipe.sae.n_latents for name, case in inputs.items()}
+    sites = {name: case.recipe.acts.site for name, case in inputs.items()}
     works = [[work[name] for name in names] for names in streams.values()]
     groups = []
     for names, count in zip(streams.values(), _spread_workers(works, workers)):
-        memories = {name: sae_memory(inputs[name]) for name in names}
-        groups += _pack(names, work, memories, memory, count)
+        saes = {name: sae_memory(inputs[name]) for name in names}
+        of_site = {
+            sites[name]: sum(site_memory(inputs[name]).values())
+            for name in {sites[name]: name for name in names}.values()
+        }
+        groups += _pack(_Stream(names, work, sites, saes, of_site), memory, count)
     return groups
 
 
@@ -299,25 +317,42 @@ def _spread_workers(works: Sequence[Sequence[int]], workers: int) -> list[int]:
     return counts
 
 
-def _pack(
-    names: Sequence[str],
-    work: dict[str, int],
-    memories: dict[str, SAEMemory],
-    limit: float,
-    count: int,
-) -> list[list[str]]:
+class _Stream(NamedTuple):
+    """The runs of a stream, with what each takes."""
+
+    names: Sequence[str]
+    work: dict[str, int]
+    sites: dict[str, str]
+    saes: dict[str, SAEMemory]
+    of_site: dict[str, float]
+    """Bytes that each site takes beside the first of a group."""
+
+    def memory(self, group: Sequence[str]) -> float:
+        """Return the bytes of some runs that train together."""
+        sizes = [self.of_site[site] for site in {self.sites[name] for name in group}]
+        return add_memory(self.saes[name] for name in group) + sum(sizes) - max(sizes)
+
+    def units(self, count: int) -> list[list[str]]:
+        """Return what is divided into `count` groups, the costliest first: the runs of each site,
+        or single runs where there are fewer sites."""
+        by_site: dict[str, list[str]] = {}
+        for name in self.names:
+            by_site.setdefault(self.sites[name], []).append(name)
+        whole = list(by_site.values()) if 1 < count <= len(by_site) else [[n] for n in self.names]
+        return sorted(whole, key=lambda unit: -sum(self.work[name] for name in unit))
+
+
+def _pack(stream: _Stream, limit: float, count: int) -> list[list[str]]:
     """Divide the runs of a stream into at least `count` groups, as many as it takes to fit."""
-    by_cost = sorted(names, key=lambda name: -work[name])
     while True:
         groups: list[list[str]] = [[] for _ in range(count)]
         totals = [0] * count
-        for name in by_cost:
+        for unit in stream.units(count):
             least = min(range(count), key=totals.__getitem__)
-            groups[least].append(name)
-            totals[least] += work[name]
+            groups[least] += unit
+            totals[least] += sum(stream.work[name] for name in unit)
         groups = [group for group in groups if group]
-        largest = max(add_memory(memories[name] for name in group) for group in groups)
-        if largest <= limit or count >= len(names):
+        if max(map(stream.memory, groups)) <= limit or count >= len(stream.names):
             return groups
         count += 1
 

@@ -22,7 +22,14 @@ from ksparse.config import Recipe, k_aux
 from ksparse.device import resolve_device
 from ksparse.errors import InputError, Interrupted, KsparseError
 from ksparse.planning import flops
-from ksparse.planning.costs import LMSpec, PlanInput, add_memory, disk_bytes, sae_memory
+from ksparse.planning.costs import (
+    LMSpec,
+    PlanInput,
+    add_memory,
+    disk_bytes,
+    further_sites,
+    sae_memory,
+)
 from ksparse.planning.plan import measure_flops, plan_input, read_lm_spec
 from ksparse.scaling.sweeps import launch as launching
 from ksparse.scaling.sweeps.collect import collect
@@ -128,9 +135,10 @@ def _plan_input(recipe: Recipe, subject: LMSpec, device: str, options: Launch) -
 
 def _run_group(names: list[str], inputs: Sequence[PlanInput], rate: float) -> RunGroup:
     """Return the costs of runs that train together, at `rate` FLOP/s."""
-    d_model, before_site = inputs[0].subject.d_model, inputs[0].subject.before_site
+    before_site = max(case.subject.before_site for case in inputs)  # a pass reads all sites
     flops_saes = seconds_saes = 0.0
     for case in inputs:
+        d_model = case.subject.d_model
         recipe, tokens = case.recipe, case.recipe.steps * case.recipe.batch
         encoder, decoder = flops.encoder(recipe, d_model), flops.decoder(recipe, d_model)
         auxk = flops.auxk(k_aux(recipe.sae, d_model), d_model)
@@ -146,7 +154,7 @@ def _run_group(names: list[str], inputs: Sequence[PlanInput], rate: float) -> Ru
         float(flops_saes),
         float(flops_lm),
         2 * flops_lm / rate + seconds_saes,
-        int(add_memory(sae_memory(case) for case in inputs)),
+        int(add_memory(sae_memory(case) for case in inputs) + further_sites(inputs)),
     )
 
 
