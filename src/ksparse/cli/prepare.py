@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksparse.cli.arguments import parse, parse_recipe, refuse_arguments, verb
-from ksparse.cli.output import ProgressBar
+from ksparse.cli.output import ProgressBar, is_first_process
 from ksparse.cli.train import TrainArgs
 from ksparse.config import Recipe
+from ksparse.display import shown
 from ksparse.errors import InputError
 from ksparse.planning.costs import UnseenLM
 from ksparse.planning.hardware import Hardware
 from ksparse.progress import report
 from ksparse.storage import atomic, jsonio
+from ksparse.storage.stores import open_store
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class ShardArgs(Recipe):
     """Options of `ksparse shard`."""
 
     out: str = "acts"
-    """Folder to write to, in a subfolder named by a hash of what the activations are."""
+    """Folder to write to, in a subfolder named by a hash of what the activations are. s3://… or
+    gs://… is a folder in an object store."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Data type on disk."""
 
@@ -41,27 +44,31 @@ def shard(arguments: list[str]) -> None:
         _index(arguments)
         return
     recipe, options, _ = parse_recipe(ShardArgs, "shard", arguments)
-    with ProgressBar("writing activations"):
+    with shown("writing activations"):
         report("loading torch")
         import torch
 
         from ksparse.data import shards
         from ksparse.data.contexts import Corpus
         from ksparse.device import resolve_device
+        from ksparse.distributed import local_device, rank_and_size
         from ksparse.lm.model import LM
 
-        lm = LM(acts=recipe.acts, device=resolve_device(recipe.run.device))
+        part = shards.Part(*rank_and_size())
+        lm = LM(acts=recipe.acts, device=local_device(resolve_device(recipe.run.device)))
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         folder = shards.write(
             lm,
             Corpus(recipe.acts, lm.tokenizer, "train"),
-            Path(options["out"]),
+            options["out"],
             rows=recipe.tokens,
             dtype=options["dtype"],
             progress=lambda done: report("writing activations", done, recipe.tokens),
+            part=part,
         )
-    print(f"shards   {folder}\nnext     the same recipe with --acts.shards {folder}")
+    if is_first_process():
+        print(f"shards   {folder}\nnext     the same recipe with --acts.shards {folder}")
 
 
 def _index(arguments: list[str]) -> None:
@@ -91,13 +98,14 @@ def _index(arguments: list[str]) -> None:
         from ksparse.data import tensors
 
         folder = tensors.write_index(
-            Path(source),
+            source,
             Path(options.out) if options.out else None,
             key=options.key,
             layer=options.layer,
             progress=lambda done, total: report("indexing", done, total),
         )
-        found = jsonio.read_json(folder / "manifest.json")
+        with open_store(folder).reading("manifest.json") as file:
+            found = jsonio.read_json(file)
     print(
         f"indexed  {folder}: {found['rows']:,} rows of width {found['d_model']:,} in "
         f"{len(found['files']):,} files\n"

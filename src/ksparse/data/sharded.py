@@ -19,8 +19,8 @@ from ksparse.errors import NonFiniteError
 
 
 def open_shards(folder: Path | str) -> Shards | Tensors:
-    """Open what `acts.shards` names: shards that ksparse wrote, or an index of tensors, of which
-    the training rows are taken."""
+    """Open what `acts.shards` names, here or in an object store: shards that ksparse wrote, or an
+    index of tensors, of which the training rows are taken."""
     return Tensors(folder) if is_index(folder) else Shards(folder)
 
 

@@ -21,6 +21,7 @@ FOLDER, GIGABYTES = "KSPARSE_CACHE", "KSPARSE_CACHE_GB"
 """Environment variables."""
 _DEFAULT_GB = 100.0
 _WAIT = 3600.0  # seconds that another process may take to fetch a file
+_COPY = re.compile(r"[0-9a-f]{64}(\.\w+)?")
 _log = logging.getLogger("ksparse")
 
 
@@ -68,9 +69,9 @@ class Cache:
             CorruptError: the file has another checksum, also when it is fetched again.
             DiskError: there is no room on the disk.
         """
-        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        if not _COPY.fullmatch(sha256):
             raise CorruptError(f"{name}: {sha256[:80]!r} is no SHA-256 checksum")
-        path = self.folder / sha256
+        path = self.folder / f"{sha256}{Path(name).suffix}"
         advice = "wait for it, or remove the folder"
         with atomic.locked(self.folder, f".lock-{sha256[:2]}", wait=_WAIT, advice=advice):
             if path.is_file():
@@ -105,7 +106,7 @@ class Cache:
         files = []
         for file in self.folder.iterdir():
             try:
-                if re.fullmatch(r"[0-9a-f]{64}", file.name):
+                if _COPY.fullmatch(file.name):
                     files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
             except FileNotFoundError:
                 continue  # another process has just removed it

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ksparse.errors import CorruptError, DiskError, InputError
+from ksparse.errors import CorruptError, DiskError, InputError, NonFiniteError
 from ksparse.progress import report
 from ksparse.storage import atomic, checksums
 from ksparse.storage.cache import Cache
@@ -111,6 +111,10 @@ class Store:
         """Return whether a file is there."""
         return (self.path / name).is_file()
 
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+        return (self.path / name).stat().st_size
+
     def writing(self, name: str) -> AbstractContextManager[Path]:
         """Yield a path to write a file to; it becomes `name` when the block ends without error."""
         return atomic.atomic_file(self.path / name)
@@ -119,6 +123,15 @@ class Store:
     def reading(self, name: str) -> Iterator[Path]:
         """Yield the path of a file as it is now; errors in the block name the file where it is."""
         yield self.path / name
+
+    @contextmanager
+    def naming(self, copy: Path, name: str) -> Iterator[None]:
+        """Name a file where it is, and not its copy, in errors of the block."""
+        try:
+            yield
+        except (InputError, NonFiniteError) as error:
+            where = str(join(self.place, name))
+            raise type(error)(str(error).replace(str(copy), where)) from None
 
     def fetch(self, name: str, sha256: str) -> Path:
         """Return the path of a file whose checksum has been verified.
@@ -283,10 +296,8 @@ class RemoteStore(Store):
             file = Path(folder, self.path.name, name)
             file.parent.mkdir()
             self.download(name, file)
-            try:
+            with self.naming(file, name):
                 yield file
-            except (CorruptError, InputError) as error:
-                raise type(error)(str(error).replace(str(file.parent), str(self.place))) from None
 
     def download(self, name: str, file: Path) -> None:
         """Copy a file to this machine.
