@@ -31,6 +31,9 @@ class ShardArgs(Recipe):
     gs://… is a folder in an object store."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Data type on disk."""
+    shard_rows: int = 0
+    """Activations in a file, which one of several processes computes. 0: as many as take 256 MB in
+    float32."""
 
 
 @verb
@@ -38,7 +41,8 @@ def shard(arguments: list[str]) -> None:
     """shard [RECIPE.toml | --from PATH] [--key value …]
 
     Write activations to disk once, for many runs; or, with --from, index a folder or file of
-    tensors that anybody made, without copying it (shard --from PATH --help).
+    tensors that anybody made, without copying it (shard --from PATH --help). Several processes
+    write one folder together: torchrun --nproc-per-node N -m ksparse shard …
     """
     if any(word.partition("=")[0] == "--from" for word in arguments):
         _index(arguments)
@@ -64,6 +68,7 @@ def shard(arguments: list[str]) -> None:
             options["out"],
             rows=recipe.tokens,
             dtype=options["dtype"],
+            shard_rows=options["shard_rows"],
             progress=lambda done: report("writing activations", done, recipe.tokens),
             part=part,
         )

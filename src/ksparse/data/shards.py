@@ -148,6 +148,8 @@ def write_sites(
     }
     folders = [join(parent, jsonio.digest(contents[site])) for site in sites]
     shard_rows = shard_rows or max(1, _SHARD_BYTES // (4 * sum(widths.values())))
+    if shard_rows < 0:
+        raise InputError(f"shard_rows is {shard_rows}; it is a number of activations, or 0")
     if part.size > 1 and not corpus.acts.lm_batch:
         raise InputError(
             f"acts.lm_batch is 0, and {part.size} processes write one set: each would measure "
