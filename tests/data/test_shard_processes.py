@@ -77,7 +77,7 @@ def place(request, tmp_path, monkeypatch):
 def arguments(small_recipe, tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text(ksparse.config.to_toml(small_recipe({"acts.lm_batch": 1})))
-    return ["shard", str(file), "--tokens", "2000", "--dtype", "float32", "--shard-rows", "150"]
+    return ["shard", str(file), "--tokens", "20000", "--dtype", "float32", "--shard-rows", "500"]
 
 
 def start(arguments, out, processes=1):

@@ -4,6 +4,7 @@ import itertools
 import shutil
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import ksparse
 from ksparse.data import shard_sets, shards
 from ksparse.data.contexts import Corpus
 from ksparse.data.shard_sets import Part
+from ksparse.data.sharded import ShardStream
 from ksparse.data.shards import Shards, write
 from ksparse.errors import CorruptError, InputError
 from ksparse.lm.model import LM
@@ -275,6 +277,32 @@ def test_a_set_larger_than_the_cache_is_refused_before_it_is_fetched(make, tmp_p
     ):
         whole.read(np.arange(whole.rows))
     assert not (tmp_path / "cache").exists()
+
+
+def bytes_held(folder):
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with suppress(FileNotFoundError):  # a thread has just made room
+            total += file.stat().st_size
+    return total
+
+
+def test_a_set_larger_than_the_cache_is_read_by_windows(make, tmp_path, monkeypatch):
+    there, here = Shards(make("memory://bucket/acts", rows=2000)), Shards(make(tmp_path, rows=2000))
+    size = there._bytes(range(len(there.ends)))
+    monkeypatch.setenv(cache.GIGABYTES, str(size * 0.6 / 1e9))
+    streams = [
+        ShardStream(Shards(shards.folder), batch=64, seed=0, window=200) for shards in (here, there)
+    ]
+    batches = [itertools.islice(stream.batches(), 80) for stream in streams]
+    for one, other in zip(*batches):
+        assert torch.equal(one.x, other.x)
+        assert bytes_held(tmp_path / "cache") <= 0.6 * size
+    monkeypatch.setenv(cache.GIGABYTES, str(size * 0.1 / 1e9))
+    with pytest.raises(
+        InputError, match="or shuffle fewer activations together, with --acts.shard"
+    ):
+        next(ShardStream(Shards(there.folder), batch=64, seed=0, window=200).batches())
 
 
 def test_an_sae_trained_from_an_object_store_has_the_same_bits(make, small_recipe, tmp_path):

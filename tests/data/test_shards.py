@@ -579,6 +579,30 @@ def test_each_epoch_is_a_permutation_of_all_rows_and_a_new_one(stream, batch):
     assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
 
 
+@pytest.mark.parametrize("batch", [64, 600])
+def test_with_a_window_whole_files_are_shuffled_together_each_epoch_anew(stream, batch):
+    made = stream(batch=batch, window=150)
+    n, counts = made.shards.rows, made.shards.counts
+    rows = np.concatenate([made.rows(step) for step in range(-(-3 * n // batch))])
+    epochs = [rows[i * n : (i + 1) * n] for i in range(3)]
+    assert all(np.array_equal(np.sort(epoch), np.arange(n)) for epoch in epochs)
+    file = np.searchsorted(np.cumsum(counts), epochs[0], side="right")
+    first = made._windows_of(0)[0]
+    size = int(counts[first].sum())
+    assert len(counts) > 3 and 150 <= size < n
+    assert set(file[:size]) == set(first.tolist()) and not set(file[size:]) & set(first.tolist())
+    assert np.abs(np.diff(epochs[0][:size])).mean() > 20, "shuffled within it"
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_a_stream_with_a_window_goes_on_from_every_cursor(stream):
+    whole = list(itertools.islice(stream(window=200).batches(), 12))
+    for number in range(11):
+        after = next(stream(window=200).batches(whole[number].cursor))
+        assert torch.equal(after.x, whole[number + 1].x)
+    assert torch.equal(stream(window=200).sample(64), whole[0].x)
+
+
 def test_going_on_from_every_cursor_gives_the_same_bits(stream):
     whole = list(itertools.islice(stream().batches(), 12))
     for number in range(11):

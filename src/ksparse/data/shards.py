@@ -62,7 +62,7 @@ def facts(acts: ActsConfig, corpus: Corpus, dtype: str) -> dict[str, Any]:
     options = {
         key: value
         for key, value in plain(dataclasses.asdict(acts)).items()
-        if key not in ("normalize", "mix", "shards", "lm_batch", "store")
+        if key not in ("normalize", "mix", "shards", "shard_window", "lm_batch", "store")
         # Later keys are left out at their defaults, so that older folders keep their names.
         and not (key in LATER_ACTS and value == plain(getattr(ActsConfig, key)))
     }
@@ -397,9 +397,8 @@ class Shards:
         """Return files, verified and mapped; those in an object store are fetched first."""
         lacking = [number for number in numbers if number not in self._parts]
         entries = [self.manifest["shards"][number] for number in lacking]
-        width = self.d_model * np.dtype(DTYPES[self.manifest["dtype"]][1]).itemsize + _COLUMN_BYTES
-        self.store.check_room(width * sum(self.manifest["shards"][i]["rows"] for i in numbers))
-        files = self.store.fetch_all({entry["file"]: entry["sha256"] for entry in entries})
+        self.store.check_room(self._bytes(numbers))
+        files = self.store.fetch_all(self._sums(lacking))
         for number, entry, file in zip(lacking, entries, files):
             self._parts[number] = ShardFile(
                 file,
@@ -409,6 +408,27 @@ class Shards:
                 len(self.names),
             )
         return [self._parts[number] for number in numbers]
+
+    def _bytes(self, numbers: Sequence[int]) -> int:
+        width = self.d_model * np.dtype(DTYPES[self.manifest["dtype"]][1]).itemsize + _COLUMN_BYTES
+        return width * sum(self.manifest["shards"][number]["rows"] for number in numbers)
+
+    def _sums(self, numbers: Sequence[int]) -> dict[str, str]:
+        entries = [self.manifest["shards"][number] for number in numbers]
+        return {entry["file"]: entry["sha256"] for entry in entries}
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many rows each file has."""
+        return np.diff(self.ends, prepend=0)
+
+    def use(self, numbers: Sequence[int], soon: Sequence[int]) -> None:
+        """Let go of all files but those with these numbers, which are read now, and soon; begin to
+        fetch the latter where they are in an object store."""
+        wanted = {*numbers, *soon}
+        self._parts = {number: part for number, part in self._parts.items() if number in wanted}
+        self.store.check_room(self._bytes([*wanted]))
+        self.store.prefetch(self._sums([number for number in soon if number not in self._parts]))
 
     def read(self, rows: np.ndarray) -> Tensor:
         """Return the activations x[m, d] of rows[m] in float32."""
@@ -466,7 +486,7 @@ class Shards:
             for key, value in (
                 {key: plain(getattr(ActsConfig, key)) for key in LATER_ACTS} | self.manifest["acts"]
             ).items()
-            if recipe.get(key) != value
+            if recipe.get(key) != value and key != "shard_window"
         ]
         if self.manifest["policy"].get("split") != "train":
             problems.append(

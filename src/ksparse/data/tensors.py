@@ -361,6 +361,18 @@ class Tensors:
         with self.store.naming(file, name):
             return open_table(file, manifest["key"], manifest["layer"])
 
+    @property
+    def counts(self) -> np.ndarray:
+        """How many rows of the split each file has."""
+        return np.diff(np.searchsorted(self.chosen, self.ends), prepend=0)
+
+    def use(self, numbers: Sequence[int], soon: Sequence[int]) -> None:
+        """Begin to fetch the files with some numbers, which are read soon, where they are in an
+        object store; `numbers` are those that are read now."""
+        entries = self.manifest["files"]
+        self.store.check_room(sum(entries[i]["bytes"] for i in {*numbers, *soon}))
+        self.store.prefetch({entries[i]["file"]: entries[i]["sha256"] for i in soon})
+
     def _fetch(self, numbers: Sequence[int]) -> None:
         """Bring files of an object store here, some at the same time."""
         if self.store.is_remote:

@@ -90,7 +90,8 @@ class Cache:
     def _download(
         self, path: Path, name: str, sha256: str, download: Callable[[Path], None]
     ) -> None:
-        with atomic.atomic_file(path) as file:
+        with atomic.translate_oserrors(path), atomic.temporary(path) as folder:
+            file = folder / path.name
             download(file)
             actual, size = atomic.sha256(file), file.stat().st_size
             if actual != sha256:
@@ -99,7 +100,9 @@ class Cache:
                     f"{sha256[:12]}… ({size:,} bytes there); put an intact copy in its place, or "
                     "have it written again"
                 )
-            self._make_room(size)
+            with atomic.locked(self.folder, wait=_WAIT):
+                self._make_room(size)
+                file.replace(path)
 
     def _make_room(self, size: int) -> None:
         """Remove the files that were not used for longest, until `size` bytes more are allowed."""
@@ -123,5 +126,6 @@ class Cache:
             raise InputError(
                 f"{what} takes {size / 1e9:,.1f} GB, all of which is needed at the same time; the "
                 f"cache in {self.folder} keeps {self.limit / 1e9:,.1f} GB. Set {GIGABYTES} to "
-                f"{size / 1e9 + 0.1:,.1f} or more, and {FOLDER} to a disk that has the room"
+                f"{size / 1e9 + 0.1:,.1f} or more, and {FOLDER} to a disk that has the room; or "
+                "shuffle fewer activations together, with --acts.shard-window"
             )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +148,9 @@ class Store:
     def fetch_all(self, sums: dict[str, str]) -> list[Path]:
         """Return the paths of several files, each with its checksum, as `fetch` does."""
         return [self.fetch(name, sha256) for name, sha256 in sums.items()]
+
+    def prefetch(self, sums: dict[str, str]) -> None:
+        """Begin to bring files here that `fetch` will be asked for soon."""
 
     @property
     def disk(self) -> Path:
@@ -340,6 +344,17 @@ class RemoteStore(Store):
                 for each in waiting:
                     each.cancel()
         return found
+
+    def prefetch(self, sums: dict[str, str]) -> None:
+        """Begin to bring files here that `fetch` will be asked for soon; in a thread, whose errors
+        are then found again."""
+
+        def bring() -> None:
+            with suppress(Exception):
+                self.fetch_all(sums)
+
+        if sums:
+            threading.Thread(target=bring, name="ksparse-prefetch", daemon=True).start()
 
     @property
     def disk(self) -> Path:
