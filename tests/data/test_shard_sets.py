@@ -13,7 +13,7 @@ import torch
 import ksparse
 from ksparse.data import shard_sets, shards
 from ksparse.data.contexts import Corpus
-from ksparse.data.shard_sets import Part
+from ksparse.data.shard_sets import ProcessPart
 from ksparse.data.sharded import ShardStream
 from ksparse.data.shards import Shards, write
 from ksparse.errors import CorruptError, InputError
@@ -62,7 +62,7 @@ def make(small_acts):
             parent,
             rows=rows,
             shard_rows=100,
-            part=Part(rank, size),
+            part=ProcessPart(rank, size),
             progress=progress or (lambda done: None),
         )
 
@@ -372,7 +372,7 @@ def test_an_index_of_an_object_store_stays_there(tmp_path):
 
 
 def test_parts_of_a_process_are_its_numbers_modulo_how_many_there_are():
-    assert [[n for n in range(7) if shard_sets.Part(r, 3).has(n)] for r in range(3)] == [
+    assert [[n for n in range(7) if shard_sets.ProcessPart(r, 3).has(n)] for r in range(3)] == [
         [0, 3, 6],
         [1, 4],
         [2, 5],

@@ -54,11 +54,12 @@ def shard(arguments: list[str]) -> None:
 
         from ksparse.data import shards
         from ksparse.data.contexts import Corpus
+        from ksparse.data.shard_sets import ProcessPart
         from ksparse.device import resolve_device
         from ksparse.distributed import local_device, rank_and_size
         from ksparse.lm.model import LM
 
-        part = shards.Part(*rank_and_size())
+        part = ProcessPart(*rank_and_size())
         lm = LM(acts=recipe.acts, device=local_device(resolve_device(recipe.run.device)))
         if recipe.threads:
             torch.set_num_threads(recipe.threads)

@@ -40,7 +40,7 @@ _MAX_COUNT = 2**40
 _ENTRY = re.compile(r"\d{5,}\.json")
 
 
-class Part(NamedTuple):
+class ProcessPart(NamedTuple):
     """Which shards a process computes: those whose number is `rank` modulo `size`."""
 
     rank: int = 0
@@ -50,7 +50,7 @@ class Part(NamedTuple):
         """Return whether a shard is this process's.
 
         Example:
-            >>> [number for number in range(7) if Part(1, 3).has(number)]
+            >>> [number for number in range(7) if ProcessPart(1, 3).has(number)]
             [1, 4]
         """
         return number % self.size == self.rank
@@ -87,12 +87,12 @@ class ShardSet:
         store.clear()
         self.names: dict[int, str] = {}
         start = {"shards": [], "place": list(TextCursor()), "contexts": 0, "complete": False}
-        self.manifest = read_manifest(store) if store.has(checksums.MANIFEST) else None
-        if self.manifest is None:
-            self.manifest = {**contents, **start}
-            if begins:
-                self._write(checksums.MANIFEST, self.manifest)
-        elif self.manifest["shards"] and not self.manifest["complete"]:
+        self.manifest: dict[str, Any] = {**contents, **start}
+        if store.has(checksums.MANIFEST):
+            self.manifest = read_manifest(store)
+        elif begins:
+            self._write(checksums.MANIFEST, self.manifest)
+        if self.manifest["shards"] and not self.manifest["complete"]:
             # An earlier version put each shard into the manifest at once.
             with store.reading(NAMES) as file:
                 self.names.update(enumerate(jsonio.read_strings(file)))

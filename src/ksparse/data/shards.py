@@ -33,8 +33,8 @@ from ksparse.data.shard_sets import (
     DTYPES,
     FORMAT,
     NAMES,
-    Part,
     Place,
+    ProcessPart,
     ShardFile,
     ShardSet,
     read_ahead,
@@ -81,7 +81,7 @@ def write(
     dtype: str = "float32",
     shard_rows: int = 0,
     progress: Progress = lambda done: None,
-    part: Part = Part(),
+    part: ProcessPart = ProcessPart(),
 ) -> Path | str:
     """Write activations at the LM's site as shards; continue where a killed writer stopped.
 
@@ -128,7 +128,7 @@ def write_sites(
     dtype: str = "float32",
     shard_rows: int = 0,
     progress: Progress = lambda done: None,
-    part: Part = Part(),
+    part: ProcessPart = ProcessPart(),
 ) -> list[Path | str]:
     """Write the same activations' rows at several sites, from one pass over the text.
 
@@ -181,7 +181,7 @@ class _Harvest:
         sets: list[ShardSet],
         rows: int,
         shard_rows: int,
-        part: Part,
+        part: ProcessPart,
         progress: Progress,
     ):
         self.lm, self.corpus, self.sites, self.sets = lm, corpus, sites, sets
@@ -411,7 +411,7 @@ class Shards:
 
     def _bytes(self, numbers: Sequence[int]) -> int:
         width = self.d_model * np.dtype(DTYPES[self.manifest["dtype"]][1]).itemsize + _COLUMN_BYTES
-        return width * sum(self.manifest["shards"][number]["rows"] for number in numbers)
+        return width * sum(int(self.manifest["shards"][number]["rows"]) for number in numbers)
 
     def _sums(self, numbers: Sequence[int]) -> dict[str, str]:
         entries = [self.manifest["shards"][number] for number in numbers]

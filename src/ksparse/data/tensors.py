@@ -86,18 +86,8 @@ def write_index(
         file = join(here.place, name)
         with here.reading(name) as copy:
             entry = _describe(copy, key, layer, functools.partial(_add_to, progress, done, total))
-        if entries and entry["d_model"] != entries[0]["d_model"]:
-            raise InputError(
-                f"{file}: its activations have the width {entry['d_model']}, those of "
-                f"{join(here.place, names[0])} {entries[0]['d_model']}; index them apart"
-            )
-        if entries and entry["documents"] != entries[0]["documents"]:
-            raise InputError(
-                f"{file} and {join(here.place, names[0])} differ in what says which document a row "
-                f"is of ({_DOCUMENTS[entry['documents']]}; "
-                f"{_DOCUMENTS[entries[0]['documents']]}); give all of them document numbers, or "
-                "none"
-            )
+        if entries:
+            _check_alike(entry, entries[0], file, join(here.place, names[0]))
         entries.append(entry)
         done += entry["bytes"]
     with atomic.translate_oserrors(index.disk):
@@ -118,6 +108,23 @@ def write_index(
         with index.writing(checksums.MANIFEST) as file:
             jsonio.write_json(file, manifest, sealed=True)
     return index.place
+
+
+def _check_alike(
+    entry: dict[str, Any], first: dict[str, Any], file: Path | str, first_file: Path | str
+) -> None:
+    """Raise InputError unless a file is like the first one in what all of a set must be alike."""
+    if entry["d_model"] != first["d_model"]:
+        raise InputError(
+            f"{file}: its activations have the width {entry['d_model']}, those of {first_file} "
+            f"{first['d_model']}; index them apart"
+        )
+    if entry["documents"] != first["documents"]:
+        raise InputError(
+            f"{file} and {first_file} differ in what says which document a row is of "
+            f"({_DOCUMENTS[entry['documents']]}; {_DOCUMENTS[first['documents']]}); give all of "
+            "them document numbers, or none"
+        )
 
 
 def _add_to(progress: Progress, before: int, total: int, new: float) -> None:
