@@ -1,10 +1,12 @@
 """Real processes write one set of shards, are killed, and the set is that of an undisturbed one."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 import urllib.request
 from contextlib import suppress
 
@@ -12,7 +14,11 @@ import pytest
 import torch
 
 import ksparse
+from ksparse.data.contexts import Corpus
+from ksparse.data.shard_sets import ProcessPart
+from ksparse.data.shards import write
 from ksparse.errors import InputError
+from ksparse.lm.model import LM
 from ksparse.storage import cache, stores
 from ksparse.storage.stores import open_store
 
@@ -72,35 +78,46 @@ def place(request, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def arguments(small_recipe, tmp_path):
-    file = tmp_path / "recipe.toml"
-    file.write_text(ksparse.config.to_toml(small_recipe({"acts.lm_batch": 1})))
-    return ["shard", str(file), "--tokens", "30000", "--dtype", "float32", "--shard-rows", "500"]
+def begin(small_acts):
+    """Return begin(out, rank, size): a forked process that writes its part of a set, a pass each 5 ms."""
+    lm = LM(acts=small_acts(lm_batch=3))
+    started = []
+
+    def fork(out, rank=0, size=1):
+        pid = os.fork()
+        if pid:
+            started.append(pid)
+            return pid
+        try:
+            write(
+                lm,
+                Corpus(lm.options, lm.tokenizer, "train"),
+                out,
+                rows=6000,
+                shard_rows=150,
+                part=ProcessPart(rank, size),
+                progress=lambda done: time.sleep(0.005),
+            )
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    yield fork
+    for pid in started:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
-def start(arguments, out, rank=0, size=1):
-    """Start one of several processes, as a launcher does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "ksparse", *arguments, "--out", str(out)],
-        env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def ended(pid):
+    """Wait for a process to end; return its exit code, negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def start_torchrun(arguments, out, size):
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += ["--master-port", str(free_port()), "-m", "ksparse", *arguments, "--out", str(out)]
-    return subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
-    return next(line.split()[1] for line in output.splitlines() if line.startswith("shards "))
+def the_set(out):
+    (name,) = open_store(out).names()
+    return stores.join(out, name)
 
 
 def content(folder):
@@ -123,49 +140,82 @@ def entries(out):
     )
 
 
-def kill(processes):
-    for process in processes:
-        process.kill()
-        process.communicate(timeout=60)
+def kill(pids):
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert {ended(pid) for pid in pids} == {-signal.SIGKILL}
 
 
 def test_four_processes_killed_and_resumed_write_the_bytes_of_an_undisturbed_one(
-    arguments, place, tmp_path
+    begin, place, tmp_path
 ):
-    whole = content(finish(start(arguments, tmp_path / "whole")))
+    assert ended(begin(tmp_path / "whole")) == 0
+    whole = content(the_set(tmp_path / "whole"))
     assert len(whole) > 30
     written = [0]
     for victim in (None, 2, 0):
-        processes = [start(arguments, place, rank, 4) for rank in range(4)]
-        while entries(place) < written[-1] + 3:
-            assert processes[0].poll() is None, processes[0].stdout.read()
+        pids = [begin(place, rank, 4) for rank in range(4)]
+        while entries(place) < written[-1] + 4:
             time.sleep(0.01)
         if victim is None:
-            kill(processes)
+            kill(pids)
         else:  # the others go on with their own parts; process 0 waits
-            kill([processes.pop(victim)])
-            for process in processes[victim > 0 :]:
-                assert process.wait(timeout=600) == 0
-            kill(processes)
+            kill([pids.pop(victim)])
+            assert {ended(pid) for pid in pids[victim > 0 :]} == {0}
+            kill(pids[: victim > 0])
         written.append(entries(place))
-        assert written[-2] < written[-1] < len(whole) - 2
-    folder = finish(start_torchrun(arguments, place, 3))
-    assert content(folder) == whole
+        assert written[-2] < written[-1] < len(whole) - 2, "it went on, and had more to do"
+    last = [begin(place, rank, 3) for rank in range(3)]
+    assert [ended(pid) for pid in last] == [0, 0, 0]
+    assert content(the_set(place)) == whole
+
+
+def run(arguments, **environment):
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout
+    return next(
+        line.split()[1] for line in process.stdout.splitlines() if line.startswith("shards ")
+    )
+
+
+def test_torchrun_writes_the_set_of_one_process(small_recipe, tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(ksparse.config.to_toml(small_recipe()))
+    words = [
+        "-m",
+        "ksparse",
+        "shard",
+        str(file),
+        "--tokens",
+        "2000",
+        "--shard-rows",
+        "300",
+        "--out",
+    ]
+    one = run([*words, str(tmp_path / "one")])
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    several = run([*launcher, "--master-port", str(free_port()), *words, str(tmp_path / "several")])
+    assert content(several) == content(one) and len(content(one)) > 7
 
 
 def test_an_sae_is_trained_and_judged_from_an_object_store(
-    small_recipe, arguments, tmp_path, monkeypatch, s3
+    small_recipe, small_acts, tmp_path, monkeypatch, s3
 ):
     for name, value in {**s3, cache.FOLDER: str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
-    weights = []
+    weights, lm = [], LM(acts=small_acts())
     for out in (f"s3://bucket/{tmp_path.name}", tmp_path / "acts"):
-        folder = finish(start(arguments, out))
-        run = ksparse.train(
-            small_recipe({"acts.lm_batch": 1, "acts.shards": folder}),
-            out=tmp_path / f"run{len(weights)}",
-        )
-        weights.append(ksparse.load(run).state_dict())
+        text = Corpus(lm.options, lm.tokenizer, "train")
+        folder = write(lm, text, out, rows=2000, shard_rows=500)
+        recipe = small_recipe({"acts.shards": str(folder)})
+        trained = ksparse.train(recipe, out=tmp_path / f"run{len(weights)}")
+        weights.append(ksparse.load(trained).state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     result = ksparse.evaluate(tmp_path / "run0", names=["stats", "downstream"])
     assert 0 < result["stats"]["nmse"]["value"] < 2
