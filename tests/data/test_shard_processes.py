@@ -79,7 +79,7 @@ def place(request, tmp_path, monkeypatch):
 
 @pytest.fixture
 def begin(small_acts):
-    """Return begin(out, rank, size): a forked process that writes its part of a set, a pass each 5 ms."""
+    """Return begin(out, rank, size): a forked process that writes its part of a set, a pass each 20 ms or more."""
     lm = LM(acts=small_acts(lm_batch=3))
     started = []
 
@@ -96,7 +96,7 @@ def begin(small_acts):
                 rows=6000,
                 shard_rows=150,
                 part=ProcessPart(rank, size),
-                progress=lambda done: time.sleep(0.005),
+                progress=lambda done: time.sleep(0.02),
             )
             os._exit(0)
         except BaseException:
@@ -143,7 +143,7 @@ def entries(out):
 def kill(pids):
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert {ended(pid) for pid in pids} == {-signal.SIGKILL}
+    assert [ended(pid) for pid in pids] == [-signal.SIGKILL] * len(pids)
 
 
 def test_four_processes_killed_and_resumed_write_the_bytes_of_an_undisturbed_one(
@@ -151,11 +151,12 @@ def test_four_processes_killed_and_resumed_write_the_bytes_of_an_undisturbed_one
 ):
     assert ended(begin(tmp_path / "whole")) == 0
     whole = content(the_set(tmp_path / "whole"))
-    assert len(whole) > 30
+    count = len(whole) - 2  # without names and manifest
+    assert count > 30
     written = [0]
     for victim in (None, 2, 0):
         pids = [begin(place, rank, 4) for rank in range(4)]
-        while entries(place) < written[-1] + 4:
+        while entries(place) < min(written[-1] + 4, count):
             time.sleep(0.01)
         if victim is None:
             kill(pids)
@@ -164,7 +165,8 @@ def test_four_processes_killed_and_resumed_write_the_bytes_of_an_undisturbed_one
             assert {ended(pid) for pid in pids[victim > 0 :]} == {0}
             kill(pids[: victim > 0])
         written.append(entries(place))
-        assert written[-2] < written[-1] < len(whole) - 2, "it went on, and had more to do"
+        assert written[-2] <= written[-1] <= count
+    assert 0 < written[1] < count, "killed amid the work"
     last = [begin(place, rank, 3) for rank in range(3)]
     assert [ended(pid) for pid in last] == [0, 0, 0]
     assert content(the_set(place)) == whole
