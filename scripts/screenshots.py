@@ -4,7 +4,7 @@
 
 Those of the README and the site, which must be small, are of the demo's run:
 
-    python scripts/screenshots.py runs/demo docs/pictures --pages start latent --latent 3705 \\
+    python scripts/screenshots.py runs/demo docs/pictures --pages start latent --latent 3087 \\
         --widths wide --schemes light --tallest 1000 --colours 64
 
 Starts `ksparse view RUN`, opens each page in a headless Chromium, waits until nothing changes any
