@@ -70,7 +70,7 @@ def place(data: Any, recipe: Recipe, out: Path | str | None) -> tuple[Recipe, Pa
             name = str(data)
             return _with_shards(recipe, name), Path(out or _name(recipe, name))
         run = Path(out or _name(recipe, str(data)))
-        return _with_shards(recipe, str(_keep(run, Path(data)))), run
+        return _with_shards(recipe, str(_keep(run, open_store(data).path))), run
     if not isinstance(data, (np.ndarray, Tensor)) and not isinstance(data, Iterable):
         raise InputError(
             f"data is of type {type(data).__name__}; give a folder, an array or tensor [rows, d], "
