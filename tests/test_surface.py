@@ -52,6 +52,7 @@ KEYS = {
     "acts.shuffle_tokens",
     "acts.store",
     "acts.shards",
+    "acts.shard_window",
     "sae.n_latents",
     "sae.k",
     "sae.auxk_coef",

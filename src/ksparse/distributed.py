@@ -338,6 +338,25 @@ def _check_several(recipe: Recipe) -> None:
         )
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Return which process this is of those that torchrun started, and how many there are.
+
+    Raises:
+        InputError: RANK and WORLD_SIZE are not two such numbers.
+
+    Example:
+        >>> rank_and_size()
+        (0, 1)
+    """
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise InputError(
+            f"RANK is {rank!r} and WORLD_SIZE {size!r}; torchrun sets them to the number of this "
+            "process, from 0, and to how many there are"
+        )
+    return int(rank), int(size)
+
+
 def local_device(name: str) -> str:
     """Return this process's device: torchrun's LOCAL_RANK picks one of a machine's GPUs.
 

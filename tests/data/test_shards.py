@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ from ksparse.data.shards import Shards, write, write_sites
 from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.lm import agreement
 from ksparse.lm.model import LM
-from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage import atomic, checksums, jsonio, stores
 
 ROWS = 500
 
@@ -103,11 +104,21 @@ class Killed(BaseException):
     pass
 
 
+def entry_rows(folder):
+    """Return the rows of each shard of a set."""
+    return [entry["rows"] for entry in jsonio.read_json(folder / checksums.MANIFEST)["shards"]]
+
+
 @pytest.mark.parametrize(
-    "where",
-    ["before_a_shard", "before_the_shard_is_renamed", "before_the_names", "before_the_manifest"],
+    "where, number",
+    [
+        *itertools.product(
+            ["before_a_pass", "before_a_shard_is_renamed", "before_an_entry"], [1, 2, 3]
+        ),
+        ("before_the_names", 1),
+        *itertools.product(["before_the_manifest", "before_an_entry_is_removed"], [1, 2]),
+    ],
 )
-@pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_killed_writer_goes_on_and_the_result_is_the_same(
     make, tmp_path, monkeypatch, where, number
 ):
@@ -125,7 +136,7 @@ def test_a_killed_writer_goes_on_and_the_result_is_the_same(
         return call
 
     with monkeypatch.context() as patch:
-        if where == "before_the_shard_is_renamed":
+        if where == "before_a_shard_is_renamed":
             patch.setattr(
                 module.atomic,
                 "sha256",
@@ -136,27 +147,42 @@ def test_a_killed_writer_goes_on_and_the_result_is_the_same(
                     ),
                 ),
             )
-        elif where != "before_a_shard":
-            name = module.NAMES if where == "before_the_names" else checksums.MANIFEST
+        elif where == "before_an_entry_is_removed":
+            own = stores.Store.remove
             patch.setattr(
-                module.jsonio, "write_json", die(jsonio.write_json, lambda path: path.name == name)
+                stores.Store, "remove", lambda self, name: die(own, lambda store: True)(self, name)
+            )
+        elif where != "before_a_pass":
+            wanted = {
+                "before_an_entry": r"\d+\.json",
+                "before_the_names": module.NAMES,
+                "before_the_manifest": checksums.MANIFEST,
+            }[where]
+            patch.setattr(
+                module.jsonio,
+                "write_json",
+                die(jsonio.write_json, lambda path: re.fullmatch(wanted, path.name)),
             )
         stop = (
             {"progress": die(lambda done: None, lambda done: True)}
-            if where == "before_a_shard"
+            if where == "before_a_pass"
             else {}
         )
         with pytest.raises(Killed):
             make(tmp_path / "killed", **stop)
     unfinished = tmp_path / "killed" / whole.name
-    if (unfinished / checksums.MANIFEST).exists():
+    entries = len([*unfinished.glob("[0-9]*.json")])
+    if where == "before_an_entry_is_removed":
+        assert Shards(unfinished).rows >= ROWS
+    elif (unfinished / checksums.MANIFEST).exists():
         with pytest.raises(
             InputError, match="is not complete; run the same `ksparse shard` again to finish it"
         ):
             Shards(unfinished)
     done = []
     again = make(tmp_path / "killed", progress=done.append)
-    assert done[0] == 0 or number > 1, "what was written is to be kept"
+    kept = ROWS if where == "before_an_entry_is_removed" else sum(entry_rows(whole)[:entries])
+    assert done[0] == min(ROWS, kept), "what was written is kept"
     assert again.name == whole.name
     assert {file.name: file.read_bytes() for file in again.iterdir()} == {
         file.name: file.read_bytes() for file in whole.iterdir()
@@ -580,6 +606,30 @@ def test_each_epoch_is_a_permutation_of_all_rows_and_a_new_one(stream, batch):
     epochs = [rows[i * n : (i + 1) * n] for i in range(3)]
     assert all(np.array_equal(np.sort(epoch), np.arange(n)) for epoch in epochs)
     assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+
+
+@pytest.mark.parametrize("batch", [64, 600])
+def test_with_a_window_whole_files_are_shuffled_together_each_epoch_anew(stream, batch):
+    made = stream(batch=batch, window=150)
+    n, counts = made.shards.rows, made.shards.counts
+    rows = np.concatenate([made.rows(step) for step in range(-(-3 * n // batch))])
+    epochs = [rows[i * n : (i + 1) * n] for i in range(3)]
+    assert all(np.array_equal(np.sort(epoch), np.arange(n)) for epoch in epochs)
+    file = np.searchsorted(np.cumsum(counts), epochs[0], side="right")
+    first = made._windows_of(0)[0]
+    size = int(counts[first].sum())
+    assert len(counts) > 3 and 150 <= size < n
+    assert set(file[:size]) == set(first.tolist()) and not set(file[size:]) & set(first.tolist())
+    assert np.abs(np.diff(epochs[0][:size])).mean() > 20, "shuffled within it"
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_a_stream_with_a_window_goes_on_from_every_cursor(stream):
+    whole = list(itertools.islice(stream(window=200).batches(), 12))
+    for number in range(11):
+        after = next(stream(window=200).batches(whole[number].cursor))
+        assert torch.equal(after.x, whole[number + 1].x)
+    assert torch.equal(stream(window=200).sample(64), whole[0].x)
 
 
 def test_going_on_from_every_cursor_gives_the_same_bits(stream):

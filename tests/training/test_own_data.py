@@ -81,6 +81,12 @@ def test_what_is_indexed_already_is_read_where_it_is(tmp_path):
     assert run.recipe().acts.shards == str(folder) and not (run.path / "acts").exists()
 
 
+def test_a_folder_may_be_given_as_a_file_url(tmp_path):
+    url = f"file://{folder_of(rows(), tmp_path)}"
+    run = ksparse.train(data=url, out=tmp_path / "run", **OPTIONS)
+    assert run.recipe().acts.shards == str(run.path / "acts")
+
+
 def bad(row, value):
     x = rows(10)
     x[row, 3] = value

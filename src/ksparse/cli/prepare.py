@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksparse.cli.arguments import parse, parse_recipe, refuse_arguments, verb
-from ksparse.cli.output import ProgressBar
+from ksparse.cli.output import ProgressBar, is_first_process
 from ksparse.cli.train import TrainArgs
 from ksparse.config import Recipe
+from ksparse.display import shown
 from ksparse.errors import InputError
 from ksparse.planning.costs import UnseenLM
 from ksparse.planning.hardware import Hardware
 from ksparse.progress import report
 from ksparse.storage import atomic, jsonio
+from ksparse.storage.stores import open_store
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,13 @@ class ShardArgs(Recipe):
     """Options of `ksparse shard`."""
 
     out: str = "acts"
-    """Folder to write to, in a subfolder named by a hash of what the activations are."""
+    """Folder to write to, in a subfolder named by a hash of what the activations are. s3://… or
+    gs://… is a folder in an object store."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Data type on disk."""
+    shard_rows: int = 0
+    """Activations in a file, which one of several processes computes. 0: as many as take 256 MB in
+    float32."""
 
 
 @verb
@@ -36,25 +42,29 @@ def shard(arguments: list[str]) -> None:
 
     Write activations to disk once, for many runs; of several sites in one pass, a set for each
     (--acts.site 'resid_post.*'). Or, with --from, index a folder or file of tensors that anybody
-    made, without copying it (shard --from PATH --help).
+    made, without copying it (shard --from PATH --help). Several processes write one folder
+    together: torchrun --nproc-per-node N -m ksparse shard …
     """
     if any(word.partition("=")[0] == "--from" for word in arguments):
         _index(arguments)
         return
     recipe, options, _ = parse_recipe(ShardArgs, "shard", arguments)
-    with ProgressBar("writing activations"):
+    with shown("writing activations"):
         report("loading torch")
         import torch
 
         from ksparse.data import shards
         from ksparse.data.contexts import Corpus
+        from ksparse.data.shard_sets import ProcessPart
         from ksparse.device import resolve_device
+        from ksparse.distributed import local_device, rank_and_size
         from ksparse.lm.model import LM
         from ksparse.training.sites import at_sites
 
+        part = ProcessPart(*rank_and_size())
         sites = list(at_sites(recipe))
         acts = dataclasses.replace(recipe.acts, site=sites[0])
-        lm = LM(acts=acts, device=resolve_device(recipe.run.device))
+        lm = LM(acts=acts, device=local_device(resolve_device(recipe.run.device)))
         for site in sites[1:]:
             lm.at_site(site)  # refused here if it cannot be read
         if recipe.threads:
@@ -62,12 +72,16 @@ def shard(arguments: list[str]) -> None:
         folders = shards.write_sites(
             lm,
             Corpus(acts, lm.tokenizer, "train"),
-            Path(options["out"]),
+            options["out"],
             sites,
             rows=recipe.tokens,
             dtype=options["dtype"],
+            shard_rows=options["shard_rows"],
             progress=lambda done: report("writing activations", done, recipe.tokens),
+            part=part,
         )
+    if not is_first_process():
+        return
     for site, folder in zip(sites, folders):
         print(f"shards   {folder}" + (f"   ({site})" if len(sites) > 1 else ""))
     last = f"--acts.shards {folders[-1]}"
@@ -104,13 +118,14 @@ def _index(arguments: list[str]) -> None:
         from ksparse.data import tensors
 
         folder = tensors.write_index(
-            Path(source),
+            source,
             Path(options.out) if options.out else None,
             key=options.key,
             layer=options.layer,
             progress=lambda done, total: report("indexing", done, total),
         )
-        found = jsonio.read_json(folder / "manifest.json")
+        with open_store(folder).reading("manifest.json") as file:
+            found = jsonio.read_json(file)
     print(
         f"indexed  {folder}: {found['rows']:,} rows of width {found['d_model']:,} in "
         f"{len(found['files']):,} files\n"

@@ -38,7 +38,7 @@ CONTROLS = {
 """Keys of controls, with which an SAE learns less than it could, to be compared with."""
 LATER_ACTS = (
     *("lm_device_map", "lm_quantize", *CONTROLS["acts"]),
-    *("chat", "roles", "pretokenized"),
+    *("chat", "roles", "pretokenized", "shard_window"),
 )
 """Keys of `acts` that older runs and shards do not have: they are left out of names at their
 defaults."""
@@ -135,12 +135,16 @@ class ActsConfig(Config):
     nothing is lost."""
     shards: str = ""
     """Folder of activations to read instead of running the LM: written by `ksparse shard`, or made
-    by anybody and indexed by `ksparse shard --from`."""
+    by anybody and indexed by `ksparse shard --from`. s3://… or gs://… is in an object store."""
+    shard_window: int = 0
+    """With `shards`, how many activations are shuffled together, at least: those of whole files,
+    which come in another order each epoch. 0: all. For sets that are larger than the disk."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range("mix", at_least=1)
         self.check_range("lm_batch", at_least=0)
+        self.check_range("shard_window", at_least=0)
         if self.lm_weights != "trained" and self.lm_quantize != "none":
             raise InputError(
                 f"acts.lm_weights is {self.lm_weights!r} and acts.lm_quantize is "

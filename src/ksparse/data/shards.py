@@ -5,43 +5,54 @@
                                      in the order of the text
     acts/<hash>/documents.json       the documents' names
 
-The hash is over what the activations depend on, so another LM or text goes into another folder. The
-manifest is replaced after each shard; a writer that was killed continues after the last one. The
-checksums are needed because safetensors accepts almost any altered bit.
+The hash is over what the activations depend on, so another LM or text goes into another folder. A
+folder may be in an object store. One process writes it, or several do (`data.shard_sets`); those
+that were killed continue after the last shard. The checksums are needed because safetensors accepts
+almost any altered bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
+import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ksparse.config import LATER_ACTS, ActsConfig, plain
 from ksparse.data.batch_size import choose_lm_batch
-from ksparse.data.contexts import Corpus, TextCursor
-from ksparse.errors import CorruptError, InputError, NonFiniteError
+from ksparse.data.contexts import Context, Corpus, TextCursor
+from ksparse.data.shard_sets import (
+    DTYPES,
+    FORMAT,
+    NAMES,
+    Place,
+    ProcessPart,
+    ShardFile,
+    ShardSet,
+    read_ahead,
+    read_manifest,
+    shard_name,
+)
+from ksparse.errors import InputError, NonFiniteError
 from ksparse.lm.model import LM
+from ksparse.lm.tokens import TokenBatch
 from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage.stores import join, open_store
 
-FORMAT = 1
-NAMES = "documents.json"
-DTYPES = {
-    "float32": ("F32", np.float32),
-    "float16": ("F16", np.float16),
-    "bfloat16": ("BF16", np.uint16),
-}
-"""Precisions of x: safetensors' code, and the numpy type that holds its bits."""
 _SHARD_BYTES = 256_000_000
-_MAX_COUNT = 2**40
+_COLUMN_BYTES = 12  # of a row's document, context and position
+_SECONDS_BETWEEN_COUNTS = 2.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_OF_SILENCE = 600.0
+_log = logging.getLogger("ksparse")
 Progress = Callable[[int], None]
 """Called with the number of rows computed so far, after each pass of the LM."""
 
@@ -51,7 +62,7 @@ def facts(acts: ActsConfig, corpus: Corpus, dtype: str) -> dict[str, Any]:
     options = {
         key: value
         for key, value in plain(dataclasses.asdict(acts)).items()
-        if key not in ("normalize", "mix", "shards", "lm_batch", "store")
+        if key not in ("normalize", "mix", "shards", "shard_window", "lm_batch", "store")
         # Later keys are left out at their defaults, so that older folders keep their names.
         and not (key in LATER_ACTS and value == plain(getattr(ActsConfig, key)))
     }
@@ -64,28 +75,33 @@ def facts(acts: ActsConfig, corpus: Corpus, dtype: str) -> dict[str, Any]:
 def write(
     lm: LM,
     corpus: Corpus,
-    parent: Path,
+    parent: Path | str,
     *,
     rows: int,
     dtype: str = "float32",
     shard_rows: int = 0,
     progress: Progress = lambda done: None,
-) -> Path:
+    part: ProcessPart = ProcessPart(),
+) -> Path | str:
     """Write activations at the LM's site as shards; continue where a killed writer stopped.
 
     Args:
         lm: The LM.
         corpus: The text.
-        parent: The folder in which the folder of shards is made.
+        parent: The folder in which the folder of shards is made; `s3://…` is an object store.
         rows: The least number of activations.
         dtype: A key of DTYPES.
         shard_rows: Rows of a shard; about 256 MB if 0.
         progress: Called with the number of rows computed so far, after each pass of the LM.
+        part: Which shards this process computes, if several write the set; process 0 returns when
+            it is complete.
 
     Returns:
         The folder of shards.
 
     Raises:
+        InputError: Several processes cannot agree on how to cut the text, or the object store
+            refuses access.
         NonFiniteError: An activation is NaN or infinite in `dtype`.
         DiskError: The disk is full or not writable.
     """
@@ -98,20 +114,22 @@ def write(
         dtype=dtype,
         shard_rows=shard_rows,
         progress=progress,
+        part=part,
     )[0]
 
 
 def write_sites(
     lm: LM,
     corpus: Corpus,
-    parent: Path,
+    parent: Path | str,
     sites: Sequence[str],
     *,
     rows: int,
     dtype: str = "float32",
     shard_rows: int = 0,
     progress: Progress = lambda done: None,
-) -> list[Path]:
+    part: ProcessPart = ProcessPart(),
+) -> list[Path | str]:
     """Write the same activations' rows at several sites, from one pass over the text.
 
     Otherwise like `write`; returns a folder for each site.
@@ -128,85 +146,181 @@ def write_sites(
         | {"rows": rows, "d_model": widths[site]}
         for site in sites
     }
-    folders = {site: Path(parent) / jsonio.digest(contents[site]) for site in sites}
+    folders = [join(parent, jsonio.digest(contents[site])) for site in sites]
     shard_rows = shard_rows or max(1, _SHARD_BYTES // (4 * sum(widths.values())))
-    with atomic.translate_oserrors(Path(parent)):
-        manifests = {site: _open_manifest(folders[site], contents[site], corpus) for site in sites}
-        complete = all(manifest["complete"] for manifest in manifests.values())
-        lm_batch = 0 if complete else choose_lm_batch(lm, corpus, sites)
-        while here := _furthest_behind(manifests):
-            last = manifests[here[0]]
-            done = sum(shard["rows"] for shard in last["shards"])
-            progress(done)
-            tensors, place, contexts = _compute_shard(
-                lm,
-                corpus,
-                here,
-                last,
-                min(shard_rows, rows - done),
-                getattr(torch, dtype),
-                lm_batch,
-                functools.partial(_add_to, progress, done, rows),
-            )
-            position = {"place": list(place), "contexts": contexts}
-            for site, x in zip(here, tensors.pop("x")):
-                _add_shard(folders[site], manifests[site], {"x": x, **tensors}, corpus, position)
-        progress(rows)
-    return [folders[site] for site in sites]
+    if shard_rows < 0:
+        raise InputError(f"shard_rows is {shard_rows}; it is a number of activations, or 0")
+    if part.size > 1 and not corpus.acts.lm_batch:
+        raise InputError(
+            f"acts.lm_batch is 0, and {part.size} processes write one set: each would measure "
+            "another size, and cut the text otherwise; give a number, such as 64"
+        )
+    with atomic.translate_oserrors(open_store(parent).disk):
+        sets = [
+            ShardSet(open_store(folder), contents[site], corpus, begins=part.rank == 0)
+            for site, folder in zip(sites, folders)
+        ]
+        if not all(each.complete for each in sets):
+            harvest = _Harvest(lm, corpus, sites, sets, rows, shard_rows, part, progress)
+            harvest.run(getattr(torch, dtype), choose_lm_batch(lm, corpus, sites))
+        if part.rank == 0:
+            for each in sets:
+                each.tidy()
+            progress(rows)
+    return folders
 
 
-def _furthest_behind(manifests: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the sites that are to be read next: of those that are not complete the ones that have
-    come least far. A killed writer, or one of a single site, may have written more of some."""
-    todo = [site for site, manifest in manifests.items() if not manifest["complete"]]
-    least = min((_place(manifests[site]) for site in todo), default=())
-    return [site for site in todo if _place(manifests[site]) == least]
+class _Harvest:
+    """The writing of unfinished sets, one for each site."""
 
+    def __init__(
+        self,
+        lm: LM,
+        corpus: Corpus,
+        sites: Sequence[str],
+        sets: list[ShardSet],
+        rows: int,
+        shard_rows: int,
+        part: ProcessPart,
+        progress: Progress,
+    ):
+        self.lm, self.corpus, self.sites, self.sets = lm, corpus, sites, sets
+        self.rows, self.shard_rows, self.part, self.progress = rows, shard_rows, part, progress
+        # The contexts from a place on, kept open: to reach it again, all before it is read.
+        self._text: tuple[TextCursor, Iterator[Context]] | None = None
+        self._counted_at = -math.inf
+        self._shards = self._told = 0
 
-def _place(manifest: dict[str, Any]) -> tuple[int, ...]:
-    """Return how far a set has been written: rows, contexts, and the place in the text."""
-    rows = sum(shard["rows"] for shard in manifest["shards"])
-    return rows, manifest["contexts"], *manifest["place"]
+    def run(self, dtype: torch.dtype, lm_batch: int) -> None:
+        """Write this process's shards; in process 0 wait for the others, and finish the sets."""
+        unfinished = [each for each in self.sets if not each.complete]
+        place = start = min(each.listed for each in unfinished)
+        awaited: list[Place] = []
+        while place.rows < self.rows:
+            lacking = [each for each in unfinished if not each.lists(place)]
+            ends = [each.after(place) for each in lacking]
+            start = place
+            if all(ends):
+                place = ends[0] or place
+                continue
+            self._tell(place)
+            groups = self._groups(place, lm_batch)
+            if self.part.has(place.number):
+                place = self._write(place, groups, lacking, ends, dtype)
+            else:
+                awaited.append(place)
+                place = self._skip(place, groups)
+        if self.part.rank == 0:
+            self._await(awaited)
+            ahead = read_ahead(self.corpus, start, place)
+            for each in unfinished:
+                each.finish(place, ahead)
 
+    def _groups(self, place: Place, lm_batch: int) -> Iterator[tuple[list[Context], TokenBatch]]:
+        """Yield whole contexts in groups for the LM, until they have the shard's activations."""
+        if self._text is None or self._text[0] != place.text:
+            self._text = place.text, self.corpus.contexts(place.text)
+        rows, source = min(self.shard_rows, self.rows - place.rows), self._text[1]
+        count, group = 0, []
+        for context in source:
+            group.append(context)
+            if len(group) < lm_batch and count + len(group) * self.corpus.acts.context < rows:
+                continue
+            contexts = self.corpus.batch(group)
+            count += int(contexts.keep.sum())
+            self._text = context.next, source
+            yield group, contexts
+            if count >= rows:
+                return
+            group = []
 
-def _add_to(progress: Progress, before: int, most: int, new: int) -> None:
-    progress(min(most, before + new))
+    def _skip(self, place: Place, groups: Iterator[tuple[list[Context], TokenBatch]]) -> Place:
+        """Return where another process's shard ends, which its tokens decide."""
+        rows, number, text = place.rows, place.contexts, place.text
+        for group, contexts in groups:
+            rows, number = rows + int(contexts.keep.sum()), number + len(group)
+            text = group[-1].next
+        return Place(place.number + 1, rows, number, text)
 
+    def _write(
+        self,
+        place: Place,
+        groups: Iterator[tuple[list[Context], TokenBatch]],
+        lacking: list[ShardSet],
+        ends: list[Place | None],
+        dtype: torch.dtype,
+    ) -> Place:
+        """Compute a shard and write it for the sites that lack it; return where it ends."""
+        tensors, contexts, text = _compute_shard(
+            self.lm,
+            self.corpus,
+            self.sites,
+            place,
+            groups,
+            dtype,
+            lambda new: self._tell(place, new),
+        )
+        end = Place(place.number + 1, place.rows + len(tensors["position"]), contexts, text)
+        for each, x in zip(self.sets, tensors.pop("x")):
+            # A killed writer may have written this shard for some of the sites.
+            if each in lacking and not ends[lacking.index(each)]:
+                with each.store.writing(shard_name(place.number)) as file:
+                    save_file({"x": x, **tensors}, file)
+                    sha256 = atomic.sha256(file)
+                each.add(place, end, sha256)
+        return end
 
-def _open_manifest(folder: Path, contents: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
-    """Return a folder's manifest, or an empty one; the first shard creates the folder."""
-    atomic.remove_leftovers(folder)
-    if (folder / NAMES).is_file():
-        corpus.names.update(enumerate(jsonio.read_strings(folder / NAMES)))
-    if (folder / checksums.MANIFEST).is_file():
-        return _read_manifest(folder)
-    return {**contents, "shards": [], "place": list(TextCursor()), "contexts": 0, "complete": False}
+    def _tell(self, place: Place, new: int = 0) -> None:
+        """Report the rows of all processes: their whole shards, and what has been computed of those
+        under way. The others are taken to be as far in theirs as this one."""
+        if self.part.size == 1:
+            self.progress(min(self.rows, place.rows + new))
+        elif self.part.rank == 0:
+            if time.monotonic() - self._counted_at > _SECONDS_BETWEEN_COUNTS:
+                self._shards, self._counted_at = self.sets[0].count(), time.monotonic()
+            rows = self._shards * self.shard_rows + new * self.part.size
+            self._told = max(self._told, min(self.rows, rows))
+            self.progress(self._told)
+
+    def _await(self, places: list[Place]) -> None:
+        """Wait until other processes have written the shards that begin at these places."""
+        changed = time.monotonic()
+        while places:
+            left = [at for at in places if not all(each.has(at) for each in self.sets)]
+            self._tell(places[0])
+            if len(left) < len(places):
+                changed = time.monotonic()
+            elif time.monotonic() - changed > _SECONDS_OF_SILENCE:
+                changed = time.monotonic()
+                _log.warning(
+                    "no other process has written a shard for %.0f minutes; the next that is "
+                    "missing is %s. If its process has ended, start the same command again",
+                    *(_SECONDS_OF_SILENCE / 60, shard_name(left[0].number)),
+                )
+            places = left
+            if places:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _compute_shard(
     lm: LM,
     corpus: Corpus,
     sites: Sequence[str],
-    manifest: dict[str, Any],
-    rows: int,
+    place: Place,
+    groups: Iterator[tuple[list[Context], TokenBatch]],
     dtype: torch.dtype,
-    lm_batch: int,
     progress: Progress,
-) -> tuple[dict[str, Any], TextCursor, int]:
-    """Compute whole contexts until there are at least `rows` activations; `progress` is called with
-    their number after each pass of the LM.
+) -> tuple[dict[str, Any], int, TextCursor]:
+    """Compute the activations of the contexts of a shard, which begins at `place`; `progress` is
+    called with their number after each pass of the LM.
 
     Returns:
-        The columns, `x` being a list by site; where the text continues; and the number of contexts
-        so far.
+        The columns, `x` being a list by site; the number of contexts so far; and where the text
+        continues.
     """
     parts: list[tuple[Tensor, ...]] = []
-    count, number, group, place = 0, manifest["contexts"], [], TextCursor(*manifest["place"])
-    for context in corpus.contexts(place):
-        group.append(context)
-        if len(group) < lm_batch and count + len(group) * corpus.acts.context < rows:
-            continue
-        contexts = corpus.batch(group)
+    count, number, text = 0, place.contexts, place.text
+    for group, contexts in groups:
         keep = contexts.keep
         acts = [
             x.cpu()[keep].to(dtype)
@@ -217,13 +331,11 @@ def _compute_shard(
         numbers = torch.arange(number, number + len(group))[:, None].expand_as(keep)[keep]
         positions = torch.arange(keep.shape[1]).expand_as(keep)[keep]
         parts.append((*acts, contexts.documents[keep].int(), numbers.int(), positions.int()))
-        count, number, place, group = count + len(numbers), number + len(group), group[-1].next, []
+        count, number, text = count + len(numbers), number + len(group), group[-1].next
         progress(count)
-        if count >= rows:
-            break
     columns = [torch.cat(column) for column in zip(*parts)]
     table = dict(zip(("document", "context", "position"), columns[-3:]))
-    return {"x": columns[:-3], **table}, place, number
+    return {"x": columns[:-3], **table}, number, text
 
 
 def _check_finite(x: Tensor, site: str, corpus: Corpus, documents: Tensor) -> None:
@@ -233,82 +345,6 @@ def _check_finite(x: Tensor, site: str, corpus: Corpus, documents: Tensor) -> No
             f"activations at {site} are NaN or infinite in document "
             f"{corpus.names[int(documents[bad][0])]!r}, as {str(x.dtype).removeprefix('torch.')}"
         )
-
-
-def _add_shard(
-    folder: Path,
-    manifest: dict[str, Any],
-    tensors: dict[str, Tensor],
-    corpus: Corpus,
-    position: dict[str, Any],
-) -> None:
-    """Write one shard, then the manifest that includes it; update `manifest` in place."""
-    name = f"{len(manifest['shards']):05d}.safetensors"
-    with atomic.atomic_file(folder / name) as tmp:
-        save_file(tensors, tmp)
-        entry = {"file": name, "rows": len(tensors["x"]), "sha256": atomic.sha256(tmp)}
-    last = max(corpus.names)
-    jsonio.write_json(folder / NAMES, [corpus.names.get(i, "") for i in range(last + 1)])
-    shards = [*manifest["shards"], entry]
-    manifest |= {
-        "shards": shards,
-        **position,
-        "complete": sum(shard["rows"] for shard in shards) >= manifest["rows"],
-        "names_sha256": atomic.sha256(folder / NAMES),
-    }
-    jsonio.write_json(folder / checksums.MANIFEST, manifest, sealed=True)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of a folder of shards, complete or not."""
-    file = folder / checksums.MANIFEST
-    manifest = jsonio.read_table(
-        file,
-        format=int,
-        acts=dict,
-        policy=dict,
-        dtype=str,
-        rows=int,
-        d_model=int,
-        shards=list,
-        place=list,
-        contexts=int,
-        complete=bool,
-    )
-    jsonio.check_format(file, manifest["format"], FORMAT)
-    types = {"file": str, "rows": int, "sha256": str}
-    for entry in manifest["shards"]:
-        if not isinstance(entry, dict) or {key: type(entry.get(key)) for key in types} != types:
-            raise CorruptError(
-                f"{file}: {str(entry)[:80]!r} is no shard; expected its file, rows and sha256"
-            )
-    _check_counts(file, manifest)
-    if manifest["dtype"] not in DTYPES:
-        raise CorruptError(
-            f"{file}: 'dtype' is {manifest['dtype'][:40]!r}; expected {', '.join(DTYPES)}"
-        )
-    place, contexts = manifest["place"], manifest["contexts"]
-    numbers = [*place, contexts]
-    if len(numbers) != 4 or not all(type(number) is int and number >= 0 for number in numbers):
-        raise CorruptError(
-            f"{file}: 'place' is {str(place)[:80]} and 'contexts' {contexts}; "
-            "expected three numbers and one, none below 0"
-        )
-    written = sum(entry["rows"] for entry in manifest["shards"])
-    if manifest["complete"] != (written >= manifest["rows"]):
-        raise CorruptError(
-            f"{file} says {'complete' if manifest['complete'] else 'not complete'}, "
-            f"with {written:,} of {manifest['rows']:,} rows in its shards"
-        )
-    return manifest
-
-
-def _check_counts(file: Path, manifest: dict[str, Any]) -> None:
-    counts = {"rows": manifest["rows"], "d_model": manifest["d_model"]}
-    counts |= {f"rows of {entry['file'][:40]!r}": entry["rows"] for entry in manifest["shards"]}
-    for name, count in counts.items():
-        if not 1 <= count < _MAX_COUNT:
-            raise CorruptError(f"{file}: {name} is {count}; expected a number of at least 1")
 
 
 # ---- reading
@@ -332,26 +368,69 @@ class Shards:
     """
 
     def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
+        self.store = open_store(folder)
+        self.folder = self.store.place
+        if not self.store.names():
             raise InputError(f"{folder} is no folder of shards; `ksparse shard` writes one")
-        self.manifest = _read_manifest(self.folder)
+        self.manifest = read_manifest(self.store)
         if not self.manifest["complete"]:
             raise InputError(
                 f"{folder} is not complete; run the same `ksparse shard` again to finish it"
             )
-        checksums.check_file(self.folder, NAMES, self.manifest.get("names_sha256", ""))
-        self.names = jsonio.read_strings(self.folder / NAMES)
+        with self.store.reading(NAMES) as file:
+            checksums.check_file(file.parent, NAMES, self.manifest.get("names_sha256", ""))
+            self.names = jsonio.read_strings(file)
         self.d_model: int = self.manifest["d_model"]
-        files = [
-            (checksums.check_file(self.folder, entry["file"], entry["sha256"]), entry["rows"])
-            for entry in self.manifest["shards"]
-        ]
-        self.parts = [
-            _ShardFile(file, rows, self.manifest, len(self.names)) for file, rows in files
-        ]
-        self.ends = np.cumsum([len(part.document) for part in self.parts])
+        counts = [entry["rows"] for entry in self.manifest["shards"]]
+        self.ends = np.cumsum(counts)
         self.rows = int(self.ends[-1])
+        self._parts: dict[int, ShardFile] = {}
+        if not self.store.is_remote:
+            self._open(range(len(counts)))
+
+    @property
+    def parts(self) -> list[ShardFile]:
+        """The files, in order."""
+        return self._open(range(len(self.ends)))
+
+    def _open(self, numbers: Sequence[int]) -> list[ShardFile]:
+        """Return files, verified and mapped; those in an object store are fetched first."""
+        lacking = [number for number in numbers if number not in self._parts]
+        if not lacking:
+            return [self._parts[number] for number in numbers]
+        entries = [self.manifest["shards"][number] for number in lacking]
+        self.store.check_room(self._bytes(numbers))
+        files = self.store.fetch_all(self._sums(lacking))
+        for number, entry, file in zip(lacking, entries, files):
+            self._parts[number] = ShardFile(
+                file,
+                f"{self.folder}/{entry['file']}",
+                entry["rows"],
+                self.manifest,
+                len(self.names),
+            )
+        return [self._parts[number] for number in numbers]
+
+    def _bytes(self, numbers: Sequence[int]) -> int:
+        width = self.d_model * np.dtype(DTYPES[self.manifest["dtype"]][1]).itemsize + _COLUMN_BYTES
+        return width * sum(int(self.manifest["shards"][number]["rows"]) for number in numbers)
+
+    def _sums(self, numbers: Sequence[int]) -> dict[str, str]:
+        entries = [self.manifest["shards"][number] for number in numbers]
+        return {entry["file"]: entry["sha256"] for entry in entries}
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many rows each file has."""
+        return np.diff(self.ends, prepend=0)
+
+    def use(self, numbers: Sequence[int], soon: Sequence[int]) -> None:
+        """Let go of all files but those with these numbers, which are read now, and soon; begin to
+        fetch the latter where they are in an object store."""
+        wanted = {*numbers, *soon}
+        self._parts = {number: part for number, part in self._parts.items() if number in wanted}
+        self.store.check_room(self._bytes([*wanted]))
+        self.store.prefetch(self._sums([number for number in soon if number not in self._parts]))
 
     def read(self, rows: np.ndarray) -> Tensor:
         """Return the activations x[m, d] of rows[m] in float32."""
@@ -391,12 +470,13 @@ class Shards:
             out[at] = getattr(part, name)[local]
         return out
 
-    def _locate(self, rows: np.ndarray) -> Iterator[tuple[_ShardFile, np.ndarray, np.ndarray]]:
+    def _locate(self, rows: np.ndarray) -> Iterator[tuple[ShardFile, np.ndarray, np.ndarray]]:
         """Yield (file, positions in `rows`, rows in the file) for each file that has some."""
         which = np.searchsorted(self.ends, rows, side="right")
-        for i in np.unique(which):
-            at = np.flatnonzero(which == i)
-            yield self.parts[i], at, rows[at] - (self.ends[i] - len(self.parts[i].document))
+        numbers = np.unique(which).tolist()
+        for number, part in zip(numbers, self._open(numbers)):
+            at = np.flatnonzero(which == number)
+            yield part, at, rows[at] - (self.ends[number] - len(part.document))
 
     def check_fits(self, acts: ActsConfig) -> None:
         """Raise InputError unless the shards hold the activations of a recipe."""
@@ -408,7 +488,7 @@ class Shards:
             for key, value in (
                 {key: plain(getattr(ActsConfig, key)) for key in LATER_ACTS} | self.manifest["acts"]
             ).items()
-            if recipe.get(key) != value
+            if recipe.get(key) != value and key != "shard_window"
         ]
         if self.manifest["policy"].get("split") != "train":
             problems.append(
@@ -419,43 +499,3 @@ class Shards:
             raise InputError(
                 f"the shards in {self.folder} are of other activations: {'; '.join(problems)}"
             )
-
-
-class _ShardFile:
-    """The columns of one safetensors file, memory-mapped.
-
-    A safetensors file is the header's length, a JSON table of offsets, and the data.
-    """
-
-    x: np.ndarray
-    document: np.ndarray
-    context: np.ndarray
-    position: np.ndarray
-
-    def __init__(self, file: Path, rows: int, manifest: dict[str, Any], names: int):
-        """Map the file; check each column's type, shape and range against the manifest."""
-        try:
-            safe_open(file, "np")  # checks that all the header names is within the file
-        except (OSError, SafetensorError) as error:
-            raise CorruptError(f"{file} is truncated or damaged: {error}") from None
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        ends = {"document": names, "context": manifest["contexts"], "position": 2**31}
-        for name in ("x", *ends):
-            code, dtype = DTYPES[manifest["dtype"]] if name == "x" else ("I32", np.int32)
-            shape = [rows, manifest["d_model"]] if name == "x" else [rows]
-            entry = header.get(name, {"dtype": "nothing", "shape": "none"})
-            if entry["dtype"] != code or entry["shape"] != shape:
-                raise CorruptError(
-                    f"{file}: column {name!r} is {entry['dtype']} of shape {entry['shape']}, "
-                    f"the manifest speaks of {code} of shape {shape}"
-                )
-            offset = 8 + length + entry["data_offsets"][0]
-            column = np.memmap(file, dtype, "r", offset, tuple(shape))
-            if name in ends and not 0 <= column.min() <= column.max() < ends[name]:
-                raise CorruptError(
-                    f"{file}: column {name!r} has numbers from {column.min()} to "
-                    f"{column.max()}; expected 0 to {ends[name] - 1:,}"
-                )
-            setattr(self, name, column)

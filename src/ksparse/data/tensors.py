@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ksparse.data.tensor_files import READERS, FileRows, open_table
 from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.pylm.text import SPLITS
 from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage.stores import Store, is_remote, join, open_store
 
 FORMAT = 1
 KIND = "tensors"
@@ -48,17 +49,18 @@ Progress = Callable[[int, int], None]
 
 
 def write_index(
-    source: Path,
+    source: Path | str,
     out: Path | None = None,
     *,
     key: str = "",
     layer: int = -1,
     progress: Progress = lambda done, total: None,
-) -> Path:
+) -> Path | str:
     """Index the tensors of a folder or of one file, without copying them.
 
     Args:
-        source: a folder with files of `tensor_files.READERS`, or one such file.
+        source: a folder with files of `tensor_files.READERS`, or one such file. Of a folder in an
+            object store each file is read once, and the index is put beside them.
         out: folder for the index, with links to the files; by default the folder itself, and for
             one file the folder FILE.index beside it.
         key: name of the activations in each file; by default the only tensor that can be them.
@@ -73,32 +75,26 @@ def write_index(
             what it should be; the message names the file and, where it is one, the row.
         NonFiniteError: an activation is NaN or infinite in float32.
     """
-    source = Path(source)
-    files = _files_of(source)
-    folder = out or (source if source.is_dir() else source.with_name(source.name + ".index"))
-    _check_free(folder)
+    here, names = _files_of(source)
+    index = here
+    if out or (not here.is_remote and open_store(source).path.is_file()):
+        index = open_store(out or f"{source}.index")
+    _check_free(index, here)
     entries: list[dict[str, Any]] = []
-    total, done = sum(file.stat().st_size for file in files), 0
-    for file in files:
-        entry = _describe(file, key, layer, functools.partial(_add_to, progress, done, total))
-        if entries and entry["d_model"] != entries[0]["d_model"]:
-            raise InputError(
-                f"{file}: its activations have the width {entry['d_model']}, those of "
-                f"{files[0]} {entries[0]['d_model']}; index them apart"
-            )
-        if entries and entry["documents"] != entries[0]["documents"]:
-            raise InputError(
-                f"{file} and {files[0]} differ in what says which document a row is of "
-                f"({_DOCUMENTS[entry['documents']]}; {_DOCUMENTS[entries[0]['documents']]}); give "
-                "all of them document numbers, or none"
-            )
+    total, done = sum(here.size(name) for name in names), 0
+    for name in names:
+        file = join(here.place, name)
+        with here.reading(name) as copy:
+            entry = _describe(copy, key, layer, functools.partial(_add_to, progress, done, total))
+        if entries:
+            _check_alike(entry, entries[0], file, join(here.place, names[0]))
         entries.append(entry)
         done += entry["bytes"]
-    with atomic.translate_oserrors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if folder.resolve() != files[0].parent.resolve():
-            for file in files:
-                _link(folder / file.name, file)
+    with atomic.translate_oserrors(index.disk):
+        if index is not here:
+            index.path.mkdir(parents=True, exist_ok=True)
+            for name in names if index.path.resolve() != here.path.resolve() else []:
+                _link(index.path / name, here.path / name)
         manifest = {
             "format": FORMAT,
             "kind": KIND,
@@ -109,39 +105,75 @@ def write_index(
             "documents": entries[0]["documents"],
             "files": [{name: entry[name] for name in _ENTRY} for entry in entries],
         }
-        jsonio.write_json(folder / checksums.MANIFEST, manifest, sealed=True)
-    return folder
+        with index.writing(checksums.MANIFEST) as file:
+            jsonio.write_json(file, manifest, sealed=True)
+    return index.place
+
+
+def _check_alike(
+    entry: dict[str, Any], first: dict[str, Any], file: Path | str, first_file: Path | str
+) -> None:
+    """Raise InputError unless a file is like the first one in what all of a set must be alike."""
+    if entry["d_model"] != first["d_model"]:
+        raise InputError(
+            f"{file}: its activations have the width {entry['d_model']}, those of {first_file} "
+            f"{first['d_model']}; index them apart"
+        )
+    if entry["documents"] != first["documents"]:
+        raise InputError(
+            f"{file} and {first_file} differ in what says which document a row is of "
+            f"({_DOCUMENTS[entry['documents']]}; {_DOCUMENTS[first['documents']]}); give all of "
+            "them document numbers, or none"
+        )
 
 
 def _add_to(progress: Progress, before: int, total: int, new: float) -> None:
     progress(before + int(new), total)
 
 
-def _files_of(source: Path) -> list[Path]:
+def _files_of(where: Path | str) -> tuple[Store, list[str]]:
+    """Return the folder of the files to index, and their names."""
     endings = ", ".join(READERS)
+    if is_remote(where):
+        store = open_store(where)
+        names = sorted(name for name in store.names() if Path(name).suffix in READERS)
+        if not names:
+            raise InputError(
+                f"{where} is no folder with files of activations; files whose names end in "
+                f"{endings} are read, not those in folders below it"
+            )
+        return store, names
+    source = open_store(where).path
     if source.is_file():
         if source.suffix not in READERS:
             raise InputError(f"{source} has an ending that is not read; there are {endings}")
-        return [source]
+        return open_store(source.parent), [source.name]
     if not source.is_dir():
         raise InputError(f"{source} does not exist; give a folder or a file of activations")
-    files = sorted(file for file in source.iterdir() if file.suffix in READERS and file.is_file())
-    if not files:
+    names = sorted(
+        file.name for file in source.iterdir() if file.suffix in READERS and file.is_file()
+    )
+    if not names:
         raise InputError(
             f"{source} has no file of activations; files whose names end in {endings} are read, "
             "not those in folders below it"
         )
-    return files
+    return open_store(source), names
 
 
-def _check_free(folder: Path) -> None:
-    """Raise InputError where an index would replace a manifest of another kind."""
-    file = folder / checksums.MANIFEST
-    if not file.is_file() or is_index(folder):
+def _check_free(index: Store, files: Store) -> None:
+    """Raise InputError where an index would replace a manifest of another kind, or cannot have
+    links to its files."""
+    if index is not files and (index.is_remote or files.is_remote):
+        raise InputError(
+            f"the index of {files} cannot be in {index}: it has links to the files, which an "
+            "object store lacks; leave out --out"
+        )
+    if not index.has(checksums.MANIFEST) or is_index(index.place):
         return
     raise InputError(
-        f"{file} is there already, and is no index of tensors; shards of `ksparse shard` are given "
-        "as --acts.shards as they are; for others, give --out"
+        f"{join(index.place, checksums.MANIFEST)} is there already, and is no index of tensors; "
+        "shards of `ksparse shard` are given as --acts.shards as they are; for others, give --out"
     )
 
 
@@ -233,10 +265,11 @@ def _hashes(x: np.ndarray) -> np.ndarray:
 
 def is_index(folder: Path | str) -> bool:
     """Return whether a folder has an index of tensors, and not shards that ksparse wrote."""
-    file = Path(folder) / checksums.MANIFEST
-    if not file.is_file():
+    store = open_store(folder)
+    if not store.has(checksums.MANIFEST):
         return False
-    table = jsonio.read_json(file)
+    with store.reading(checksums.MANIFEST) as file:
+        table = jsonio.read_json(file)
     return isinstance(table, dict) and table.get("kind") == KIND
 
 
@@ -259,12 +292,16 @@ class Tensors:
     """
 
     def __init__(self, folder: Path | str, split: str = "train"):
-        self.folder, self.split = Path(folder), split
-        self.manifest = _read_manifest(self.folder)
+        self.store, self.split = open_store(folder), split
+        self.folder = self.store.place
+        self.manifest = _read_manifest(self.store)
         self.d_model: int = self.manifest["d_model"]
         self.files: list[str] = [entry["file"] for entry in self.manifest["files"]]
         self._tables: OrderedDict[int, FileRows] = OrderedDict()
-        self._verify()
+        if not self.store.is_remote:  # of others each file is verified when it is fetched
+            self._verify()
+        elif self.manifest["documents"] == "column":  # all are needed to divide the rows
+            self._fetch(range(len(self.files)))
         self.ends = np.cumsum([entry["rows"] for entry in self.manifest["files"]])
         self.chosen = self._choose()
         self.rows = len(self.chosen)
@@ -278,10 +315,9 @@ class Tensors:
 
     def _verify(self) -> None:
         entries = self.manifest["files"]
+        folder = self.store.path
         for number, entry in enumerate(entries):
-            file = self.folder / checksums.plain_name(
-                entry["file"], self.folder / checksums.MANIFEST
-            )
+            file = folder / checksums.plain_name(entry["file"], folder / checksums.MANIFEST)
             if not file.is_file():
                 raise CorruptError(
                     f"{file} is missing, though {checksums.MANIFEST} lists it; bring it back, or "
@@ -305,7 +341,7 @@ class Tensors:
         for other in self.manifest["files"]:
             if other["sha256"] == sha256:
                 return f"it has the content that {other['file']} had, so the order is another"
-        size = (self.folder / entry["file"]).stat().st_size
+        size = self.store.size(entry["file"])
         if size != entry["bytes"]:
             return f"it has {size:,} bytes, {entry['bytes']:,} then"
         try:
@@ -326,7 +362,31 @@ class Tensors:
 
     def _open(self, number: int) -> FileRows:
         name, manifest = self.files[number], self.manifest
-        return open_table(self.folder / name, manifest["key"], manifest["layer"])
+        file = self.store.path / name
+        if self.store.is_remote:
+            file = self.store.fetch(name, manifest["files"][number]["sha256"])
+        with self.store.naming(file, name):
+            return open_table(file, manifest["key"], manifest["layer"])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many rows of the split each file has."""
+        return np.diff(np.searchsorted(self.chosen, self.ends), prepend=0)
+
+    def use(self, numbers: Sequence[int], soon: Sequence[int]) -> None:
+        """Begin to fetch the files with some numbers, which are read soon, where they are in an
+        object store; `numbers` are those that are read now."""
+        entries = self.manifest["files"]
+        self.store.check_room(sum(entries[i]["bytes"] for i in {*numbers, *soon}))
+        self.store.prefetch({entries[i]["file"]: entries[i]["sha256"] for i in soon})
+
+    def _fetch(self, numbers: Sequence[int]) -> None:
+        """Bring files of an object store here, some at the same time."""
+        if self.store.is_remote:
+            entries = [self.manifest["files"][i] for i in numbers]
+            self.store.check_room(sum(entry["bytes"] for entry in entries))
+            lacking = [self.manifest["files"][i] for i in numbers if i not in self._tables]
+            self.store.fetch_all({entry["file"]: entry["sha256"] for entry in lacking})
 
     def _table(self, number: int) -> FileRows:
         """Return an open file; those that were not used for longest are closed."""
@@ -335,7 +395,7 @@ class Tensors:
             table = self._open(number)
             if table.x.shape != (self.manifest["files"][number]["rows"], self.d_model):
                 raise CorruptError(
-                    f"{self.folder / self.files[number]} has activations of the shape "
+                    f"{join(self.folder, self.files[number])} has activations of the shape "
                     f"{list(table.x.shape)}, not as indexed: {self._again()}"
                 )
         self._tables[number] = table
@@ -402,7 +462,7 @@ class Tensors:
     def describe(self, row: int) -> str:
         """Return the file and row of a row of the split, for messages."""
         number, _, local = next(self._locate(np.array([row])))
-        return f"{self.folder / self.files[number]}, row {int(local[0]):,}"
+        return f"{join(self.folder, self.files[number])}, row {int(local[0]):,}"
 
     def document_names(self, documents: list[int]) -> list[str]:
         """Return the names of documents."""
@@ -420,7 +480,9 @@ class Tensors:
         """Yield (file, positions in `rows`, rows in the file) for each file that has some."""
         whole = self.chosen[rows]
         which = np.searchsorted(self.ends, whole, side="right")
-        for number in np.unique(which).tolist():
+        numbers = np.unique(which).tolist()
+        self._fetch(numbers)
+        for number in numbers:
             at = np.flatnonzero(which == number)
             first = self.ends[number] - self.manifest["files"][number]["rows"]
             yield number, at, whole[at] - first
@@ -439,12 +501,16 @@ def _mix(keys: np.ndarray) -> np.ndarray:
         return mixed
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not is_index(folder):
+def _read_manifest(store: Store) -> dict[str, Any]:
+    if not is_index(store.place):
         raise InputError(
-            f"{folder} has no index of tensors; `ksparse shard --from {folder}` writes one"
+            f"{store} has no index of tensors; `ksparse shard --from {store}` writes one"
         )
-    file = folder / checksums.MANIFEST
+    with store.reading(checksums.MANIFEST) as file:
+        return _check_manifest(file)
+
+
+def _check_manifest(file: Path) -> dict[str, Any]:
     manifest = jsonio.read_table(
         file, format=int, key=str, layer=int, rows=int, d_model=int, documents=str, files=list
     )

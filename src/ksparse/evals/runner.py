@@ -60,7 +60,13 @@ log = logging.getLogger("ksparse")
 
 OnResult = Callable[[str, str, Result], None]
 """Called as `on_result(label, name, result)`."""
-_TRAINING_ONLY = ("normalize", "mix", "shards", "lm_batch")  # may differ within a shared pass
+_TRAINING_ONLY = (
+    "normalize",
+    "mix",
+    "shards",
+    "shard_window",
+    "lm_batch",
+)  # may differ within a shared pass
 
 
 def evaluate(

@@ -69,7 +69,13 @@ _RESULT_TABLES: dict[str, dict[str, jsonio.Types]] = {
 }
 """Types of what reports and pages read from a result, besides its numbers."""
 _SUBJECT_FORMAT = 1
-_SPEED_ONLY = ("lm_batch", "mix", "store", "shards")  # keys of acts that change no result
+_SPEED_ONLY = (
+    "lm_batch",
+    "mix",
+    "store",
+    "shards",
+    "shard_window",
+)  # keys of acts that change no result
 _JUDGED_KEYS: dict[str, jsonio.Types] = {
     "source": str,
     "local": bool,

@@ -111,7 +111,7 @@ def write_activations(study: Study) -> dict[str, Path]:
         dtype="bfloat16",
         progress=lambda done: report(f"reading {len(sites)} sites", done, rows),
     )
-    return dict(zip(sites, folders))
+    return dict(zip(sites, map(Path, folders)))
 
 
 def recipes(study: Study, folders: dict[str, Path]) -> dict[str, Recipe]:

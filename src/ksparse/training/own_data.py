@@ -24,6 +24,7 @@ from ksparse.data.tensors import is_index, write_index
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.progress import report
 from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage.stores import is_remote, open_store
 
 ACTS = "acts"
 """Folder of a run with the activations that it was given."""
@@ -64,11 +65,12 @@ def place(data: Any, recipe: Recipe, out: Path | str | None) -> tuple[Recipe, Pa
         recipe = dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, text=text))
         return recipe, Path(out or _name(recipe, text))
     if isinstance(data, (str, Path)):
-        if (Path(data) / checksums.MANIFEST).is_file():  # shards, or indexed already
+        # Shards, or indexed already; what is in an object store stays there.
+        if is_remote(data) or open_store(data).has(checksums.MANIFEST):
             name = str(data)
             return _with_shards(recipe, name), Path(out or _name(recipe, name))
         run = Path(out or _name(recipe, str(data)))
-        return _with_shards(recipe, str(_keep(run, Path(data)))), run
+        return _with_shards(recipe, str(_keep(run, open_store(data).path))), run
     if not isinstance(data, (np.ndarray, Tensor)) and not isinstance(data, Iterable):
         raise InputError(
             f"data is of type {type(data).__name__}; give a folder, an array or tensor [rows, d], "

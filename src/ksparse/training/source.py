@@ -235,7 +235,9 @@ class ActivationSource:
             return [self.source.rows(rows, HELD_OUT)]
         if isinstance(self.source, ShardStream) and isinstance(self.source.shards, Tensors):
             apart = Tensors(self.source.shards.folder, "validation")
-            return [ShardStream(apart, batch=rows, seed=0, device=self.device).sample(rows)]
+            window = recipe.acts.shard_window
+            stream = ShardStream(apart, batch=rows, seed=0, device=self.device, window=window)
+            return [stream.sample(rows)]
         # The same passes in a resumed run, which reads these before its cursor is known.
         lm_batch = recipe.acts.lm_batch or ActsConfig.lm_batch
         acts = dataclasses.replace(recipe.acts, mix=rows, lm_batch=lm_batch)
@@ -285,7 +287,12 @@ def open_stream(
         shards = open_shards(acts.shards)
         shards.check_fits(acts)
         return ShardStream(
-            shards, batch=recipe.batch, seed=recipe.data_seed, device=device, mesh=mesh
+            shards,
+            batch=recipe.batch,
+            seed=recipe.data_seed,
+            device=device,
+            mesh=mesh,
+            window=acts.shard_window,
         ), shards.policy
     if acts.mix < recipe.batch:
         raise InputError(

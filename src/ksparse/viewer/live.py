@@ -37,7 +37,7 @@ PREDICTIONS = 12
 """Likeliest tokens listed of each distribution."""
 OF_THE_TEXT = (
     *("site", "text", "text_config", "text_split", "text_field", "normalize", "mix", "lm_batch"),
-    *("store", "shards"),
+    *("store", "shards", "shard_window"),
 )
 """Keys of `acts` that two runs may differ in and share an LM."""
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ksparse.config import ActsConfig, CurveConfig, MeshConfig, Recipe
@@ -26,6 +25,7 @@ from ksparse.config.evaluation import SANITY_CONTROLS, StudyConfig
 from ksparse.errors import InputError, unknown
 from ksparse.sae import serialization
 from ksparse.storage.run_folder import RunFolder, open_run
+from ksparse.storage.stores import open_store
 from ksparse.studies.study import Study
 
 log = logging.getLogger("ksparse")
@@ -156,7 +156,7 @@ def asked_run(study: Study) -> AskedRun:
         )
     steps = _steps_taken(run, recipe)
     acts = recipe.acts
-    if acts.shards and not Path(acts.shards).is_dir():
+    if acts.shards and not open_store(acts.shards).names():
         log.warning(
             "the shards %s of the run are gone: its controls read the activations from the LM, in "
             "another order",
