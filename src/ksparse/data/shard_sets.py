@@ -125,9 +125,13 @@ class ShardSet:
             )
         return start.number < self.listed.number
 
-    def has(self, start: Place) -> bool:
-        """Return whether the shard that begins at a place is there."""
-        return self.lists(start) or self.after(start) is not None
+    def has(self, start: Place, end: Place) -> bool:
+        """Return whether the shard between two places is there; one that ends elsewhere will be
+        written again."""
+        if self.lists(start) or self.after(start) == end:
+            return True
+        self._entries.pop(start.number, None)
+        return False
 
     def after(self, start: Place) -> Place | None:
         """Return where the shard that begins at a place ends; None if it is not there."""

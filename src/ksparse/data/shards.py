@@ -160,9 +160,10 @@ def write_sites(
             ShardSet(open_store(folder), contents[site], corpus, begins=part.rank == 0)
             for site, folder in zip(sites, folders)
         ]
-        if not all(each.complete for each in sets):
-            harvest = _Harvest(lm, corpus, sites, sets, rows, shard_rows, part, progress)
-            harvest.run(getattr(torch, dtype), choose_lm_batch(lm, corpus, sites))
+        unfinished = {site: each for site, each in zip(sites, sets) if not each.complete}
+        if unfinished:
+            harvest = _Harvest(lm, corpus, unfinished, rows, shard_rows, part, progress)
+            harvest.run(getattr(torch, dtype), choose_lm_batch(lm, corpus, list(unfinished)))
         if part.rank == 0:
             for each in sets:
                 each.tidy()
@@ -177,14 +178,14 @@ class _Harvest:
         self,
         lm: LM,
         corpus: Corpus,
-        sites: Sequence[str],
-        sets: list[ShardSet],
+        unfinished: dict[str, ShardSet],
         rows: int,
         shard_rows: int,
         part: ProcessPart,
         progress: Progress,
     ):
-        self.lm, self.corpus, self.sites, self.sets = lm, corpus, sites, sets
+        self.lm, self.corpus, self.by_site = lm, corpus, unfinished
+        self.sets = list(unfinished.values())
         self.rows, self.shard_rows, self.part, self.progress = rows, shard_rows, part, progress
         # The contexts from a place on, kept open: to reach it again, all before it is read.
         self._text: tuple[TextCursor, Iterator[Context]] | None = None
@@ -193,27 +194,27 @@ class _Harvest:
 
     def run(self, dtype: torch.dtype, lm_batch: int) -> None:
         """Write this process's shards; in process 0 wait for the others, and finish the sets."""
-        unfinished = [each for each in self.sets if not each.complete]
-        place = start = min(each.listed for each in unfinished)
-        awaited: list[Place] = []
+        place = start = min(each.listed for each in self.sets)
+        awaited: list[tuple[Place, Place]] = []
         while place.rows < self.rows:
-            lacking = [each for each in unfinished if not each.lists(place)]
-            ends = [each.after(place) for each in lacking]
+            lacking = {site: each for site, each in self.by_site.items() if not each.lists(place)}
+            ends = [each.after(place) for each in lacking.values()]
             start = place
-            if all(ends):
-                place = ends[0] or place
+            if len(set(ends)) == 1 and ends[0]:
+                place = ends[0]
                 continue
             self._tell(place)
             groups = self._groups(place, lm_batch)
             if self.part.has(place.number):
                 place = self._write(place, groups, lacking, ends, dtype)
             else:
-                awaited.append(place)
-                place = self._skip(place, groups)
+                end = self._skip(place, groups)
+                awaited.append((place, end))
+                place = end
         if self.part.rank == 0:
             self._await(awaited)
             ahead = read_ahead(self.corpus, start, place)
-            for each in unfinished:
+            for each in self.sets:
                 each.finish(place, ahead)
 
     def _groups(self, place: Place, lm_batch: int) -> Iterator[tuple[list[Context], TokenBatch]]:
@@ -246,7 +247,7 @@ class _Harvest:
         self,
         place: Place,
         groups: Iterator[tuple[list[Context], TokenBatch]],
-        lacking: list[ShardSet],
+        lacking: dict[str, ShardSet],
         ends: list[Place | None],
         dtype: torch.dtype,
     ) -> Place:
@@ -254,16 +255,17 @@ class _Harvest:
         tensors, contexts, text = _compute_shard(
             self.lm,
             self.corpus,
-            self.sites,
+            list(lacking),
             place,
             groups,
             dtype,
             lambda new: self._tell(place, new),
         )
         end = Place(place.number + 1, place.rows + len(tensors["position"]), contexts, text)
-        for each, x in zip(self.sets, tensors.pop("x")):
-            # A killed writer may have written this shard for some of the sites.
-            if each in lacking and not ends[lacking.index(each)]:
+        for each, known, x in zip(lacking.values(), ends, tensors.pop("x")):
+            # A killed writer may have written this shard for some of the sites; one that cut the
+            # text otherwise has written another.
+            if known != end:
                 with each.store.writing(shard_name(place.number)) as file:
                     save_file({"x": x, **tensors}, file)
                     sha256 = atomic.sha256(file)
@@ -282,23 +284,23 @@ class _Harvest:
             self._told = max(self._told, min(self.rows, rows))
             self.progress(self._told)
 
-    def _await(self, places: list[Place]) -> None:
-        """Wait until other processes have written the shards that begin at these places."""
+    def _await(self, shards: list[tuple[Place, Place]]) -> None:
+        """Wait until other processes have written the shards between these places."""
         changed = time.monotonic()
-        while places:
-            left = [at for at in places if not all(each.has(at) for each in self.sets)]
-            self._tell(places[0])
-            if len(left) < len(places):
+        while shards:
+            left = [ends for ends in shards if not all(each.has(*ends) for each in self.sets)]
+            self._tell(shards[0][0])
+            if len(left) < len(shards):
                 changed = time.monotonic()
             elif time.monotonic() - changed > _SECONDS_OF_SILENCE:
                 changed = time.monotonic()
                 _log.warning(
                     "no other process has written a shard for %.0f minutes; the next that is "
                     "missing is %s. If its process has ended, start the same command again",
-                    *(_SECONDS_OF_SILENCE / 60, shard_name(left[0].number)),
+                    *(_SECONDS_OF_SILENCE / 60, shard_name(left[0][0].number)),
                 )
-            places = left
-            if places:
+            shards = left
+            if shards:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
