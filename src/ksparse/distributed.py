@@ -29,6 +29,8 @@ from ksparse.config import Recipe
 from ksparse.errors import InputError, KsparseError, PeerError
 
 AXES = ("data", "latent")
+ROUNDED = "recon"
+"""The sum that `mesh.reduce` may round, by its name: that of the shards' reconstructions."""
 
 
 class Mesh:
@@ -39,14 +41,21 @@ class Mesh:
         latent: shards of the latents.
         device: the type of device whose tensors are exchanged.
         timeout: seconds to wait for other processes before a PeerError.
+        reduce: precision of the sum of reconstructions, "float32" or "bfloat16".
 
     With more than one process torch.distributed must be initialized.
     """
 
     def __init__(
-        self, data: int = 1, latent: int = 1, *, device: str = "cpu", timeout: float = 600.0
+        self,
+        data: int = 1,
+        latent: int = 1,
+        *,
+        device: str = "cpu",
+        timeout: float = 600.0,
+        reduce: str = "float32",
     ):
-        self.data, self.latent, self.timeout = data, latent, timeout
+        self.data, self.latent, self.timeout, self.reduce = data, latent, timeout, reduce
         self.rank = 0
         self.sent: Counter[str] = Counter()
         """Bytes that this process has passed to each collective, by name."""
@@ -106,7 +115,14 @@ class Mesh:
         return {"data": self.data, "latent": self.latent}.get(over, self.size)
 
     def all_reduce_sum(self, name: str, value: Tensor, over: str) -> Tensor:
-        """Sum a tensor over an axis, in place; all of its processes get the same bits."""
+        """Sum a tensor over an axis, in place; all of its processes get the same bits.
+
+        Reconstructions are summed in the precision of `mesh.reduce`.
+        """
+        if name == ROUNDED and self.reduce == "bfloat16" and self.axis_size(over) > 1:
+            rounded = value.bfloat16()
+            self.start_all_reduce_sum(name, rounded, over)()
+            return value.copy_(rounded)
         self.start_all_reduce_sum(name, value, over)()
         return value
 
@@ -246,7 +262,13 @@ def open_mesh(recipe: Recipe, device: str) -> Iterator[Mesh]:
         return
     if not initialized:
         connect(device, sizes.timeout)
-    mesh = Mesh(data, sizes.latent, device=device.partition(":")[0], timeout=sizes.timeout)
+    mesh = Mesh(
+        data,
+        sizes.latent,
+        device=device.partition(":")[0],
+        timeout=sizes.timeout,
+        reduce=sizes.reduce,
+    )
     try:
         yield mesh
     finally:

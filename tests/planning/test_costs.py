@@ -103,6 +103,12 @@ def test_options_change_the_part_of_the_memory_that_they_say(changes, part, size
     assert costs.memory(case(**changes), MeshConfig()).get(part) == size
 
 
+def test_reconstructions_summed_in_bfloat16_are_copied_first():
+    asked = case(mesh__reduce="bfloat16")
+    assert costs.memory(asked, MeshConfig(2, 2))["batch"] == (5 * 4 + 2) * 32 * 16
+    assert costs.memory(asked, MeshConfig(4, 1))["batch"] == 5 * 4 * 16 * 16
+
+
 def test_main_memory_holds_five_copies_of_a_shard_at_a_checkpoint():
     whole, own = 2 * 64 * 16 + 64 + 16, 2 * 32 * 16 + 32 + 16
     assert costs.main_memory(case(), MeshConfig(2, 2)) == {"at a checkpoint": 4 * own * 5}
@@ -151,6 +157,8 @@ def test_the_collectives_of_2_x_2_are_what_a_hand_counts():
         ({"sae__auxk_coef": 0.0}, "counts", None),
         ({"sae__k_aux": 16}, "values", 4 * 32 * 4),
         ({"sae__auxk_norm": "batch"}, "spread", 4 * 16 + 4),
+        ({"mesh__reduce": "bfloat16"}, "recon", 2 * 32 * 16 * 2),
+        ({"mesh__reduce": "bfloat16"}, "W_enc", 4 * 32 * 16),
         ({"sae__auxk_share": 0.25}, "recon", 4 * 16 * (32 + 16)),
         ({"acts__shards": "somewhere"}, "block", None),
         ({"step": "autograd", "sae__multi_topk": 0.125}, "values", 4 * 32 * (4 + 12 + 6)),

@@ -544,6 +544,9 @@ class MeshConfig(Config):
     """Candidates that each shard of the latents offers per token, as a multiple of k / latent. 0:
     as many as the same selection as that of one process takes. A bound, as in the paper, can miss
     latents where those of a token are concentrated in one shard; the log reports how often."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the shards' reconstructions are summed. bfloat16 halves the bytes of that
+    sum, and rounds it: each addition by up to 2^-9."""
     timeout: float = 600.0
     """Seconds that a process waits for the others before the run fails."""
 

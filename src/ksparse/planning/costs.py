@@ -326,7 +326,7 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
         "values of all slices": COMPARED_BYTES * min(COMPARED, mesh.latent * most_exchanged)
         if mesh.latent > 1
         else 0,
-        "batch": (24 if _reads_bfloat16(case, rank) else 20) * rank.rows * d,
+        "batch": _batch_row(case, rank) * rank.rows * d,
         "gathered rows": 4 * min(rank.rows, GATHERED) * max(rank.offers, default=rank.active) * d
         if rank.step == "torch" and not host
         else 0,
@@ -430,6 +430,13 @@ def _reads_bfloat16(case: PlanInput, rank: RankShape) -> bool:
     return case.recipe.optim.precision == "bfloat16" and rank.step == "triton"
 
 
+def _batch_row(case: PlanInput, rank: RankShape) -> int:
+    """Return the bytes held for each number of the batch: five in float32, and two bfloat16 copies
+    that sparse parts read, or one that is summed."""
+    summed = rank.mesh.latent > 1 and case.recipe.mesh.reduce == "bfloat16"
+    return 20 + (4 if _reads_bfloat16(case, rank) else 0) + (2 if summed else 0)
+
+
 def _low_precision_copies(case: PlanInput, rank: RankShape) -> float:
     """Return the bytes of the copies of the weights that preselection and the sparse parts read."""
     matrix, bfloat16 = rank.n * rank.d, _reads_bfloat16(case, rank)
@@ -493,7 +500,8 @@ def _forward_calls(case: PlanInput, rank: RankShape) -> list[Collective]:
     sae = case.recipe.sae
     kind, prefixes = sae.activation.kind, len(sae.prefixes) or sae.prefix_draws
     codes = max(1, len(rank.ks)) + prefixes + (kind == "gated")
-    recons = [4 * rows * d for rows in (*[rank.rows] * codes, rank.auxk_rows)]
+    number = bytes_of(case.recipe.mesh.reduce)
+    recons = [number * rows * d for rows in (*[rank.rows] * codes, rank.auxk_rows)]
     # the total, the error, and each further term of the loss
     terms = 2 + bool(sae.multi_topk) + sae.uses_auxk + (len(sae.prefixes) or bool(prefixes))
     terms += (kind not in ("topk", "batch_topk")) + (kind == "gated")
