@@ -132,6 +132,7 @@ def plan(arguments: list[str]) -> None:
     devices = [
         _parse_int("--devices", word) for word in options["devices"].split(",") if word.strip()
     ]
+    from ksparse.planning import meshes
     from ksparse.planning import plan as planning
 
     planned = planning.plan(
@@ -145,7 +146,8 @@ def plan(arguments: list[str]) -> None:
     if options["json"] == "-":
         print(json.dumps(planning.to_dict(planned), indent=1))
         return
-    for line in planning.lines(planned) + (["", *planning.tables(planned)] if devices else []):
+    tables = ["", *meshes.tables(planned)] if devices else []
+    for line in planning.lines(planned) + meshes.lines(planned) + tables:
         print(line)
     if options["json"]:
         jsonio.write_json(Path(options["json"]), planning.to_dict(planned))
