@@ -109,6 +109,7 @@ KEYS = {
     "mesh.data",
     "mesh.latent",
     "mesh.capacity",
+    "mesh.reduce",
     "mesh.timeout",
     "tokens",
     "batch",

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from ksparse import cli
 from ksparse.config import load_recipe, to_toml
@@ -15,6 +14,7 @@ from ksparse.errors import InputError, KsparseError
 from ksparse.scaling import processes
 from ksparse.scaling.processes import Processes
 from ksparse.scaling.sweeps import launch as launching
+from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder
 from ksparse.training import train
 
@@ -103,11 +103,10 @@ def test_jobs_follow_each_other_while_there_are_new_checkpoints(
     small_recipe, tmp_path, slurm, monkeypatch
 ):
     run, warned = RunFolder(tmp_path / "run"), []
-    steps = iter([0, 0, 1, 1, 2, 2, 2, 2])  # before and after each job
+    steps = iter([0, 1, 1, 2, 2, 2, 2, 2])  # before and after each job
     monkeypatch.setattr(RunFolder, "checkpoints", lambda self: [tmp_path / str(next(steps))])
     monkeypatch.setattr(processes, "finished", lambda run: False)
     options = Processes(launch="slurm", retries=1)
-    steps = iter([0, 1, 1, 2, 2, 2, 2, 2])
     with pytest.raises(KsparseError, match=r"2 jobs in a row ended without a new checkpoint"):
         processes.in_jobs(small_recipe(), run, options, warn=warned.append)
     assert len(list(slurm.iterdir())) == 4 and len(warned) == 3
@@ -147,10 +146,6 @@ def test_launched_processes_train_what_one_process_trains(small_recipe, tmp_path
         pytest.importorskip("submitit", reason="submitit is not installed (the extra slurm)")
         options = Processes(launch="slurm", processes_per_node=2, retries=0)
         processes.in_jobs(asked, run, options, cluster="local")
-    assert max(RunFolder(run.path).checkpoints()[-1].glob("optim*")).name.endswith(
-        ("0-of-1.safetensors", "1-of-2.safetensors", "optim.safetensors")
-    )
-    state = (run.checkpoints()[-1] / "state.json").read_text()
-    assert '"mesh": [1, 1]' not in state and '"mesh": [\n' in state or '"mesh": [' in state
+    state = jsonio.read_table(run.checkpoints()[-1] / "state.json")
+    assert sorted(state["mesh"]) == [1, 2] and state["step"] == asked.steps
     assert apart(run.path, alone.path) < 1e-4
-    assert torch.isfinite(torch.tensor(run.metrics()[-1]["nmse"]))
