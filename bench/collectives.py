@@ -4,7 +4,7 @@
     python bench/collectives.py --processes 2 --most 16777216
 
 The bytes are those that the loopback interface carried, by the kernel's counter: other programs that use it meanwhile are counted too, so the smallest of several
-rounds is taken. Seconds are wall-clock and CPU seconds of a process, the smallest of the rounds: on a shared machine only the latter mean much.
+rounds is taken; about 2 kB of each round are the barriers around it. Seconds are wall-clock and CPU seconds of a process, the smallest of the rounds: on a shared machine only the latter mean much.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def measure(sizes: list[int], out: Path) -> None:
             call()
             for _ in range(ROUNDS):
                 mesh.all_reduce_max_ints("begin", [0])
-                before, wall, cpu = carried(), time.perf_counter(), time.process_time()
+                before = carried()
+                mesh.all_reduce_max_ints("counted", [0])
+                wall, cpu = time.perf_counter(), time.process_time()
                 for _ in range(calls):
                     call()
                 found.append((time.perf_counter() - wall, time.process_time() - cpu))

@@ -578,6 +578,26 @@ def test_a_plan_names_the_faster_of_both_and_what_they_send():
 
 
 @pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"run__kernels": "triton"}, "run.kernels triton"),
+        ({"optim__precision": "bfloat16"}, "optim.precision bfloat16"),
+        ({}, ""),
+    ],
+)
+def test_a_plan_for_several_processes_names_what_they_refuse(changes, words):
+    asked = case(ROOMY, step="triton", mesh__latent=2, **changes)
+    made = SimpleNamespace(
+        case=asked,
+        requested=costs.estimate(asked, MeshConfig(1, 2)),
+        meshes=[costs.best(asked, count) for count in (1, 2)],
+    )
+    said = f"{'':<13}several processes refuse {words}: planned without"
+    for lines in (meshes.lines(made), meshes.tables(made)):
+        assert (said in lines) == bool(words)
+
+
+@pytest.mark.parametrize(
     "mesh, sizes",
     [
         ({}, (1, 1)),

@@ -79,7 +79,17 @@ def lines(plan: RunPlan) -> list[str]:
         if fastest.fits
         else f"no mesh of {asked.devices} fits"
     )
+    if _refused(plan.case.recipe):
+        words.append(_refused(plan.case.recipe))
     return [f"{'' if i else 'mesh':<13}{line}" for i, line in enumerate(words)]
+
+
+def _refused(recipe: Recipe) -> str:
+    """Say what of a recipe several processes refuse, so that its plan for them is without it."""
+    asked = ["run.kernels triton"] if recipe.run.kernels == "triton" else []
+    if recipe.optim.precision != "float32":
+        asked.append(f"optim.precision {recipe.optim.precision}")
+    return f"several processes refuse {' and '.join(asked)}: planned without" if asked else ""
 
 
 def _mesh_name(cost: StepCost) -> str:
@@ -130,6 +140,7 @@ def tables(plan: RunPlan) -> list[str]:
         ("most latents that fit", [f"{costs.largest(case, cost.devices):,}" for cost in meshes]),
     ]
     several = "plain torch" if case.step == "triton" else case.step
+    refused = _refused(recipe)
     memory = _rows_by_name([cost.memory for cost in meshes], format_bytes)
     main_memory = _rows_by_name([cost.main_memory for cost in meshes], format_bytes)
     lines = [
@@ -139,6 +150,7 @@ def tables(plan: RunPlan) -> list[str]:
         f"there and {card.network / 1e9:,.4g} between nodes, each way",
         f"a step       {case.step} on one device, {several} on several; {case.dead:.0%} of the "
         "latents dead",
+        *([f"{'':<13}{refused}"] if refused else []),
         "",
         *_align(rows),
         *["", "memory of a rank", *_align(memory)],
