@@ -135,7 +135,9 @@ def main() -> None:
             fork(processes, lambda file=file: measure(sizes, file))
             rows += json.loads(file.read_text())
     print(f"torch.distributed by Gloo, processes of one thread; load {os.getloadavg()[0]:.1f}")
-    print("processes  operation             given      sent, planned  carried / planned   ms    CPU ms")
+    print(
+        "processes  operation             given      sent, planned  carried / planned   ms    CPU ms"
+    )
     for row in rows:
         print(
             f"{row['processes']:>9}  {row['operation']:<19} {row['given']:>10,} {row['planned']:>14,.0f} "

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -23,6 +24,7 @@ from ksparse.cli.output import (
     print_status,
     write_report,
 )
+from ksparse.cli.report import raise_on_signal
 from ksparse.config import Recipe
 from ksparse.config.evaluation import EvalConfig
 from ksparse.planning.tuning import check_parent, default_folder, finetune_recipe, fit_buffer
@@ -68,7 +70,11 @@ def _launch(recipe: Recipe, run: RunFolder, processes: Processes) -> None:
         command, environment = local_command(recipe, run, processes)
         sys.stdout.flush()
         os.execve(command[0], command, environment)
-    with ProgressBar("training") as bar:
+    with (
+        ProgressBar("training") as bar,
+        raise_on_signal(signal.SIGTERM),
+        raise_on_signal(signal.SIGHUP),
+    ):
 
         def observe() -> None:
             row = run.metrics()[-1] if run.metrics_file.is_file() else None
