@@ -595,20 +595,24 @@ def seconds(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
         if case.live
         else 0
     )
-    reads = 4 if card.host or rank.step == "triton" else 6  # of a row, by the sparse parts
-    read = reads * sum(rank.kept)
-    if rank.prefilters and mesh.latent > 1:  # a shard computes all values that it might offer
-        read += rank.active
     parts = {
         "encoder product": 2 * rank.rows * rank.n * d / product,
         "selection": _selection_bytes(case, rank) / stream,
-        "sparse parts": 4 * rank.rows * d * read / gather,
+        "sparse parts": 4 * rank.rows * d * _rows_read(case, rank) / gather,
         "AuxK": 5 * 2 * rank.auxk_rows * rank.dead * d / (hardware.PRODUCT * card.float32),
         "Adam, norms, average": 2 * rank.n * d * _update_bytes(case, rank) / stream,
         "LM": case.lm_flops * lm_tokens / lm,
         **{name: _exchange_seconds(case, mesh, axis) for axis, name in EXCHANGE.items()},
     }
     return {name: value for name, value in parts.items() if value}
+
+
+def _rows_read(case: PlanInput, rank: RankShape) -> int:
+    """Return how many rows of d numbers the sparse parts read for a token."""
+    times = 4 if case.card.host or rank.step == "triton" else 6
+    # with a prefilter a shard computes all values that it might offer
+    offered = rank.active if rank.prefilters and rank.mesh.latent > 1 else 0
+    return times * sum(rank.kept) + offered
 
 
 def _product_is_bfloat16(case: PlanInput, rank: RankShape) -> bool:
