@@ -4,6 +4,7 @@
     python bench/mesh_scale.py --n 98304 --d 768 --batch 4096 --processes 2   two processes of one thread …
     python bench/mesh_scale.py --n 98304 --d 768 --batch 4096 --threads 2     … and one of two: compare tokens/s, or CPU seconds where others use the cores
     python bench/mesh_scale.py --n 1048576 --d 256 --processes 4 --checkpoint DIR   with a checkpoint, which is then read
+    python bench/mesh_scale.py --n 1048576 --d 256 --processes 2 --read DIR   that checkpoint on another mesh: are the bits the same?
 
 Activations are random. The processes are forked once everything is imported.
 """
@@ -11,6 +12,7 @@ Activations are random. The processes are forked once everything is imported.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import tempfile
@@ -82,6 +84,11 @@ def measure(options: argparse.Namespace, out: Path) -> None:
             "start_seconds": time.perf_counter() - began,
             "start_peak": memory(peak=True) - floor,
         }
+        if options.read:
+            forget_peak()
+            found |= read(RunFolder(Path(options.read)), state, step, floor)
+            (out / f"{mesh.rank}.json").write_text(json.dumps(found))
+            return
         times, own = [], mesh.batch_range(options.batch)
         for number in range(1, options.steps + 1):
             x = torch.nn.functional.normalize(torch.randn(options.batch, d, generator=draw), dim=1)
@@ -120,36 +127,64 @@ def measure(options: argparse.Namespace, out: Path) -> None:
             each.name: each.bytes for each in costs.communication(case, sizes)
         }
         if options.checkpoint:
-            found |= save_and_read(RunFolder(Path(options.checkpoint)), recipe, state, step, floor)
+            run = RunFolder(Path(options.checkpoint))
+            found |= save(run, state, step, floor) | read(run, state, step, floor)
         found["cpu_seconds_in_all"] = time.process_time()
         (out / f"{mesh.rank}.json").write_text(json.dumps(found))
 
 
-def save_and_read(run: Any, recipe: Any, state: Any, step: Any, floor: float) -> dict[str, Any]:
-    """Save a checkpoint and read it again into the same step; return seconds and peaks."""
-    import torch
+def save(run: Any, state: Any, step: Any, floor: float) -> dict[str, Any]:
+    """Save a checkpoint, and the digests of what was saved; return seconds and peak."""
+    from ksparse.training import checkpoint
 
-    from ksparse.training import checkpoint, resume
-
-    mesh = step.mesh
     run.path.mkdir(parents=True, exist_ok=True)
     forget_peak()
     began = time.perf_counter()
     checkpoint.save(run, state, step)
-    saved, peak = time.perf_counter() - began, memory(peak=True) - floor
-    mesh.all_reduce_max_ints("saved", [0])
-    before = {key: value.clone() for key, value in step.tensors().items() if "W_enc" in key}
+    found = {
+        "save_seconds": time.perf_counter() - began,
+        "save_peak": memory(peak=True) - floor,
+    }
+    name = f"digests-{step.mesh.rank}-of-{step.mesh.latent}.json"
+    (run.path / name).write_text(json.dumps(digests(step)))
+    step.mesh.all_reduce_max_ints("saved", [0])
+    return found
+
+
+def read(run: Any, state: Any, step: Any, floor: float) -> dict[str, Any]:
+    """Read the newest checkpoint into a step; return seconds, peak, and whether the bits are those saved."""
+    from ksparse.training import resume
+
+    [newest, *_] = run.checkpoints()[::-1]
     forget_peak()
     began = time.perf_counter()
-    resume.load(run.checkpoint(state.step), step)
-    after = step.tensors()
-    return {
-        "save_seconds": saved,
-        "save_peak": peak,
-        "load_seconds": time.perf_counter() - began,
-        "load_peak": memory(peak=True) - floor,
-        "same_bits": all(torch.equal(value, after[key]) for key, value in before.items()),
-    }
+    resume.load(newest, step)
+    found = {"load_seconds": time.perf_counter() - began, "load_peak": memory(peak=True) - floor}
+    files = sorted(
+        run.path.glob("digests-*-of-*.json"), key=lambda file: int(file.stem.split("-")[1])
+    )
+    saved = [json.loads(file.read_text()) for file in files]
+    rank, shards = step.mesh.latent_rank, step.mesh.latent
+    same = []
+    for key, own in digests(step).items():
+        whole = (
+            [digest for part in saved for digest in part[key]] if len(own) > 1 else saved[0][key]
+        )
+        size = len(whole) // shards if len(own) > 1 else 1
+        at = rank * size if len(own) > 1 else 0
+        same.append(whole[at : at + size] == own)
+    return found | {"tensors_read": len(same), "same_bits": all(same)}
+
+
+def digests(step: Any) -> dict[str, list[str]]:
+    """Return a hash of each 64th of the rows of all latents, for every tensor; of other tensors one."""
+    rows = step.sae.n_latents
+    blocks = 64 // step.mesh.latent
+    found = {}
+    for key, tensor in step.tensors().items():
+        parts = tensor.chunk(blocks) if tensor.ndim and len(tensor) == rows else [tensor]
+        found[key] = [hashlib.sha256(part.contiguous().numpy()).hexdigest() for part in parts]
+    return found
 
 
 def main() -> None:
@@ -165,6 +200,7 @@ def main() -> None:
     parser.add_argument("--screen", default="int8")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--checkpoint", default="", help="a new folder")
+    parser.add_argument("--read", default="", help="a folder that --checkpoint made")
     parser.add_argument("--json", default="")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -176,7 +212,7 @@ def main() -> None:
         ]
     print(
         f"n {options.n:,}, d {options.d}, k {options.k}, batch {options.batch:,}; {options.processes} processes of "
-        f"{options.threads} threads, {rows[0]['step']}; load {os.getloadavg()[0]:.1f}; MB above a process that has trained a small SAE"
+        f"{options.threads} threads, {rows[0].get('step', 'reading')}; load {os.getloadavg()[0]:.1f}; MB above a process that has trained a small SAE"
     )
     for rank, row in enumerate(rows):
         shown = {key: value for key, value in row.items() if key not in ("sent", "planned_bytes")}
@@ -185,6 +221,8 @@ def main() -> None:
             for key, value in shown.items()
         )
         print(f"  {rank}: {'; '.join(words)}")
+    if options.read:
+        return
     sent, planned = rows[0]["sent"], rows[0]["planned_bytes"]
     print("  bytes given (planned):", {k: (v, planned.get(k)) for k, v in sent.items()})
     if options.json:

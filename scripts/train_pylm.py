@@ -8,7 +8,8 @@
 One recipe for all sizes: a Llama-shaped model; random windows of 256 tokens, each beginning with BOS; Muon for the
 matrices of the blocks and Adam for the rest, at a constant rate; the weights that are evaluated and saved are a
 power-law average over the last twentieth or so of training. So every row of training.jsonl is what the recipe
-reaches with that much compute, with no cooling-down still to come, and a loss can be read back as compute.
+reaches with that much compute, with no cooling-down still to come, and a loss can be read back as compute. With
+--cool the rate falls linearly to 0 over the last part of the tokens; of that part only the end is in the log.
 
 The log's columns: tokens seen; FLOPs, 6 x parameters x tokens + 12 x layers x d x context x tokens / 2; loss, in nats per token on
 held-out files in contexts of 64 (BOS and 63 tokens; predictions from BOS left out), as the evaluation of SAEs has it;
@@ -103,7 +104,14 @@ def optimizers(model: LlamaForCausalLM, width: int) -> list[torch.optim.Optimize
 
 
 def train(
-    size: str, *, tokens: int, minutes: float, batch: int, state: Path | None, seed: int = 0
+    size: str,
+    *,
+    tokens: int,
+    minutes: float,
+    batch: int,
+    state: Path | None,
+    cool: float = 0.0,
+    seed: int = 0,
 ) -> None:
     """Train one size; with `state`, a file to go on from, written every 5 minutes and at the end."""
     torch.manual_seed(seed)
@@ -133,7 +141,9 @@ def train(
     flops_per_token = 6 * n_params + 6 * layers * d_model * WINDOW
     steps, warmup = tokens // (batch * WINDOW), 30
     evaluate_at = {
-        round(2 ** (i / 2)) for i in range(6, 2 * math.ceil(math.log2(steps + 1)) + 1)
+        step
+        for i in range(6, 2 * math.ceil(math.log2(steps + 1)) + 1)
+        if (step := round(2 ** (i / 2))) <= steps * (1 - cool)
     } | {1, steps}
     folder = MODELS / size
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +167,8 @@ def train(
         rows = torch.cat([torch.zeros(batch, 1, dtype=torch.long), rows], 1)
         for opt, rates in zip(opts, base):
             for group, rate in zip(opt.param_groups, rates):
-                group["lr"] = rate * min(1.0, step / warmup)
+                left = (steps + 1 - step) / max(1.0, cool * steps)
+                group["lr"] = rate * min(1.0, step / warmup, left if cool else 1.0)
         with torch.autocast("cpu", torch.bfloat16):
             loss = compiled(input_ids=rows, labels=rows).loss
         loss.backward()
@@ -229,6 +240,9 @@ if __name__ == "__main__":
         "--minutes", type=float, default=math.inf, help="stop after so long, with what there is"
     )
     parser.add_argument("--state", type=Path, help="a file to go on from, if it is there")
+    parser.add_argument(
+        "--cool", type=float, default=0.0, help="share of the tokens over which the rate falls to 0"
+    )
     parser.add_argument("--batch", type=int, default=32, help=f"windows of {WINDOW} tokens a step")
     parser.add_argument("--prompt", default="def ")
     parser.add_argument("--size", default=pylm.DEFAULT, help="for 'sample'")
@@ -244,4 +258,5 @@ if __name__ == "__main__":
             minutes=args.minutes,
             batch=args.batch,
             state=args.state,
+            cool=args.cool,
         )

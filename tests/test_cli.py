@@ -534,6 +534,8 @@ def test_plan_says_what_a_recipe_costs(verb, recipe_file):
     assert f"{weights / 1e6:,.1f} M parameters" in out
     for word in ("memory", "FLOPs", "disk", "time"):
         assert f"\n{word}" in out
+    assert "acts.chat" not in out
+    assert "acts.chat: the LM's part" in verb("plan", recipe_file, "--acts.chat", "template")[1]
 
 
 def test_doctor_gives_a_line_for_each_thing(verb):

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import ksparse
 from ksparse.config.evaluation import EvalConfig
@@ -157,6 +158,29 @@ def test_an_sae_of_any_format_is_judged_shown_and_used(make, weights, where, tmp
         "steer", sae, *where[:4], *prompt, "--latent", 1, "--value", 3, "--tokens", 3
     )
     assert code == 0 and "as it is the cat sat on" in printed, err
+
+
+def test_an_sae_that_does_not_say_its_conversations_is_judged_on_some(
+    weights, where, tmp_path, verb
+):
+    lm, sae = tmp_path / "chat", sae_lens(tmp_path / "theirs", weights)
+    shutil.copytree(where[1], lm)
+    tokenizer = AutoTokenizer.from_pretrained(lm)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(lm)
+    rows = [
+        {"talk": [{"role": role, "content": f"the cat {i}"} for role in ("user", "assistant")]}
+        for i in range(400)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--lm", lm, "--site", where[3], "--text", tmp_path / "chats.jsonl", *QUICK]
+    chat = ["--text-field", "talk", "--chat", "template", "--roles", "assistant"]
+    code, _, err = verb("eval", sae, "stats", *flags, *chat, "--out", tmp_path / "out")
+    assert code == 0, err
+    policy = json.loads((tmp_path / "out" / "evals" / "stats.json").read_text())["policy"]
+    assert policy["chat"] == "template" and policy["roles"] == ["assistant"]
+    code, _, err = verb("eval", sae, "stats", *flags, "--text-field", "talk")
+    assert code == 2 and "talk" in err and "chat" in err
 
 
 def test_all_default_evaluations_of_a_foreign_sae_are_kept_reported_and_viewed(

@@ -43,6 +43,22 @@ class EvalArgs(SubjectArgs, EvalConfig):
     again: bool = False
     """Compute everything again, also results that are there already with the same options,
     checkpoint, LM, site and text."""
+    text_field: str = ""
+    """Column of the text, or of the messages, where the SAE does not say it."""
+    chat: Literal["", "none", "template"] = ""
+    """template: the text is conversations, rendered by the tokenizer's chat template; by default as
+    the SAE was trained."""
+    roles: tuple[str, ...] = ()
+    """With chat, roles whose tokens are evaluated; by default as the SAE was trained."""
+    pretokenized: bool = False
+    """The column holds lists of token ids of this LM."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys of `acts` that were given, with their values."""
+        keys = ("text_field", "chat", "roles", "pretokenized")
+        values = {key: getattr(self, key) for key in keys}
+        return super().given | {key: value for key, value in values.items() if value}
 
 
 @verb

@@ -48,7 +48,7 @@ class SubjectArgs:
     @property
     def any_given(self) -> bool:
         """Whether one of these flags was given."""
-        return any(getattr(self, field.name) for field in dataclasses.fields(SubjectArgs))
+        return bool(self.given or self.subfolder or self.revision)
 
 
 class OpenSubject(NamedTuple):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,6 +23,7 @@ from torch import nn
 from ksparse.config import ActsConfig
 from ksparse.errors import InputError
 from ksparse.lm.chat import digest_of
+from ksparse.lm.hooks import Site
 from ksparse.lm.loading import find_model
 from ksparse.lm.model import LM
 from ksparse.lm.sites import resolve
@@ -271,10 +272,12 @@ def _is_another(trained: dict[str, Any], lm: LM) -> bool:
     return short_name(trained.get("lm", "")) not in ("", short_name(lm.options.lm))
 
 
-def same_site(model: nn.Module, site: str, other: str) -> bool:
-    """Return whether two names mean the same place in a model."""
+def same_site(
+    model: nn.Module, site: str, other: str, *, find: Callable[[nn.Module, str], Site] = resolve
+) -> bool:
+    """Return whether two names, which `find` looks up, mean the same place in a model."""
     try:
-        return site == other or resolve(model, site) == resolve(model, other)
+        return site == other or find(model, site) == find(model, other)
     except InputError:  # the LM has no such site
         return False
 

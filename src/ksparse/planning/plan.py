@@ -229,6 +229,12 @@ def _warnings(plan: RunPlan) -> list[str]:
             f"note         the sparse parts assume k active latents; while {kind} leaves many "
             "more active, a step costs about six dense products"
         )
+    if plan.case.live and plan.case.recipe.acts.chat != "none":
+        messages.append(
+            "note         acts.chat: the LM's part is that of a text of which every token is kept; "
+            "where the kept roles have a share s of the tokens, it is 1 / s times as much (`train` "
+            "logs s)"
+        )
     if plan.case.recipe.sae.uses_lm:
         messages.append(
             "note         sae.lm_loss: what the LM behind the site keeps for a gradient, of "

@@ -22,7 +22,7 @@ from ksparse.sae import serialization
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.ranges import in_values, largest_acts, warn_beyond
 from ksparse.steering.calls import CallTracker, Positions
-from ksparse.steering.hosts import find_site, same_site, torch_module
+from ksparse.steering.hosts import find_site, from_hook, torch_module
 
 _log = logging.getLogger("ksparse")
 Unit = Literal["max", "value"]
@@ -182,7 +182,11 @@ def _replacement(
 
 def _warn_of_other_site(model: nn.Module, sae: SAE, site: str) -> None:
     trained = provenance.trained_on(sae.metadata).get("site")
-    if trained and not same_site(model, site, trained):
+    same = trained and (
+        from_hook(site) == from_hook(trained)
+        or provenance.same_site(model, site, trained, find=find_site)
+    )
+    if trained and not same:
         _log.warning("the autoencoder is attached at %s, but was trained at %s", site, trained)
 
 

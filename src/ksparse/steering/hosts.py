@@ -77,16 +77,6 @@ def find_site(model: nn.Module, site: str) -> Site:
     return resolve(model, site)
 
 
-def same_site(model: nn.Module, site: str, other: str) -> bool:
-    """Return whether two names, of ksparse or of the model's library, mean the same place."""
-    if from_hook(site) == from_hook(other):
-        return True
-    try:
-        return find_site(model, site) == find_site(model, other)
-    except InputError:  # the model has no such site
-        return False
-
-
 def _from_nnsight(model: nn.Module, name: str) -> str:
     """Return ksparse's name of nnsight's `model.layers[8].output`, or of the path of a part, which
     begins with the name of the whole; any other name as it is."""
