@@ -128,8 +128,8 @@ def _scheme_rows(case: PlanInput, meshes: list[StepCost]) -> list[tuple[str, lis
 def tables(plan: RunPlan) -> list[str]:
     """Return tables of the best meshes: their sizes, then memory, communication and time by
     part."""
-    case, meshes, recipe, card = plan.case, plan.meshes, plan.case.recipe, plan.case.card
-    tokens = recipe.steps * recipe.batch
+    case, meshes = plan.case, plan.meshes
+    tokens = case.recipe.steps * case.recipe.batch
     rows = [
         ("devices", [f"{cost.devices}" for cost in meshes]),
         ("mesh, data x latent", [f"{cost.data} x {cost.latent}" for cost in meshes]),
@@ -139,18 +139,10 @@ def tables(plan: RunPlan) -> list[str]:
         *_scheme_rows(case, meshes),
         ("most latents that fit", [f"{costs.largest(case, cost.devices):,}" for cost in meshes]),
     ]
-    several = "plain torch" if case.step == "triton" else case.step
-    refused = _refused(recipe)
     memory = _rows_by_name([cost.memory for cost in meshes], format_bytes)
     main_memory = _rows_by_name([cost.main_memory for cost in meshes], format_bytes)
     lines = [
-        f"devices      {card.name}: {format_bytes(card.memory)}, {card.float32 / 1e12:,.4g} "
-        f"TFLOP/s float32, {card.bfloat16 / 1e12:,.4g} bfloat16, "
-        f"{card.bandwidth / 1e9:,.0f} GB/s; {card.per_node} to a node, {card.link / 1e9:,.4g} GB/s "
-        f"there and {card.network / 1e9:,.4g} between nodes, each way",
-        f"a step       {case.step} on one device, {several} on several; {case.dead:.0%} of the "
-        "latents dead",
-        *([f"{'':<13}{refused}"] if refused else []),
+        *_heading(case),
         "",
         *_align(rows),
         *["", "memory of a rank", *_align(memory)],
@@ -162,6 +154,21 @@ def tables(plan: RunPlan) -> list[str]:
         lines += ["", "given by a rank to each collective in a step", *_align(sizes)]
     spent = _rows_by_name([cost.seconds for cost in meshes], lambda s: f"{1000 * s:,.1f}")
     return [*lines, "", "milliseconds of a step", *_align(spent)]
+
+
+def _heading(case: PlanInput) -> list[str]:
+    """Say what the devices are, which step they take, and what several refuse."""
+    card, refused = case.card, _refused(case.recipe)
+    several = "plain torch" if case.step == "triton" else case.step
+    return [
+        f"devices      {card.name}: {format_bytes(card.memory)}, {card.float32 / 1e12:,.4g} "
+        f"TFLOP/s float32, {card.bfloat16 / 1e12:,.4g} bfloat16, "
+        f"{card.bandwidth / 1e9:,.0f} GB/s; {card.per_node} to a node, {card.link / 1e9:,.4g} GB/s "
+        f"there and {card.network / 1e9:,.4g} between nodes, each way",
+        f"a step       {case.step} on one device, {several} on several; {case.dead:.0%} of the "
+        "latents dead",
+        *([f"{'':<13}{refused}"] if refused else []),
+    ]
 
 
 def _bytes_by_collective(cost: StepCost) -> dict[str, float]:
