@@ -195,7 +195,7 @@ def small_recipe(small_acts) -> Callable[..., Recipe]:
         }
         for key, value in (changes or {}).items():
             section, _, name = key.rpartition(".")
-            (table[section] if section else table)[name] = value
+            (table.setdefault(section, {}) if section else table)[name] = value
         return from_dict(table)
 
     return make

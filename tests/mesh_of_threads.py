@@ -33,9 +33,9 @@ class Hub:
 class ThreadMesh(Mesh):
     """A mesh as the thread `rank` sees it."""
 
-    def __init__(self, data: int, latent: int, rank: int, hub: Hub):
+    def __init__(self, data: int, latent: int, rank: int, hub: Hub, reduce: str = "float32"):
         self.hub, self.own = hub, rank
-        super().__init__(data, latent)
+        super().__init__(data, latent, reduce=reduce)
 
     def _create_groups(self, device: str) -> None:
         self.rank = self.own
@@ -70,7 +70,9 @@ class ThreadMesh(Mesh):
         return value
 
 
-def on_mesh(data: int, latent: int, action: Callable[[Mesh], Any]) -> list[Any]:
+def on_mesh(
+    data: int, latent: int, action: Callable[[Mesh], Any], reduce: str = "float32"
+) -> list[Any]:
     """Do an action on each process of a mesh, and return what they return, in their order."""
     if data * latent == 1:
         return [action(Mesh())]
@@ -78,7 +80,7 @@ def on_mesh(data: int, latent: int, action: Callable[[Mesh], Any]) -> list[Any]:
 
     def run(rank: int) -> Any:
         try:
-            return action(ThreadMesh(data, latent, rank, hub))
+            return action(ThreadMesh(data, latent, rank, hub, reduce))
         except BaseException:
             for barrier in hub.barriers.values():
                 barrier.abort()

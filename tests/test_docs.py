@@ -339,21 +339,21 @@ def planned(n_latents: int):
     given = config.load_recipe(ROOT / "recipes" / "llama-16m.toml")
     return plan.plan(
         replace(given, sae=replace(given.sae, n_latents=n_latents)),
-        devices=[1, 8, 64, 512],
+        devices=[1, 8, 64, 128, 512],
         card="h100",
         unseen=UnseenLM(d_model=4096, parameters=8_030_261_248, before_site=5_888_802_816),
     )
 
 
 def plan_lines(n_latents: int) -> list[str]:
-    from ksparse.planning import plan
+    from ksparse.planning import meshes
 
-    return plan.tables(planned(n_latents))
+    return meshes.tables(planned(n_latents))
 
 
 def sizes_table() -> list[str]:
     """Return the lines of the table of sizes; to write it anew, print them."""
-    lines = ["| latents | 1 | 8 | 64 | 512 |", "|---|---|---|---|---|"]
+    lines = ["| latents | 1 | 8 | 64 | 128 | 512 |", "|---|---|---|---|---|---|"]
     for n in (2**17, 2**20, 2**22, 2**24):
         cells = [
             f"{each.data} x {each.latent}, {each.bytes / 1e9:,.0f} GB, {each.tokens_per_s:,.0f}"

@@ -110,6 +110,7 @@ KEYS = {
     "mesh.data",
     "mesh.latent",
     "mesh.capacity",
+    "mesh.reduce",
     "mesh.timeout",
     "tokens",
     "batch",

@@ -13,6 +13,7 @@ that tests can compare them with a plan.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections import Counter
@@ -25,10 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ksparse.config import Recipe
+from ksparse.config import MeshConfig, Recipe
 from ksparse.errors import InputError, KsparseError, PeerError
 
 AXES = ("data", "latent")
+ROUNDED = "recon"
+"""The sum that `mesh.reduce` may round, by its name: that of the shards' reconstructions."""
 
 
 class Mesh:
@@ -39,14 +42,21 @@ class Mesh:
         latent: shards of the latents.
         device: the type of device whose tensors are exchanged.
         timeout: seconds to wait for other processes before a PeerError.
+        reduce: precision of the sum of reconstructions, "float32" or "bfloat16".
 
     With more than one process torch.distributed must be initialized.
     """
 
     def __init__(
-        self, data: int = 1, latent: int = 1, *, device: str = "cpu", timeout: float = 600.0
+        self,
+        data: int = 1,
+        latent: int = 1,
+        *,
+        device: str = "cpu",
+        timeout: float = 600.0,
+        reduce: str = "float32",
     ):
-        self.data, self.latent, self.timeout = data, latent, timeout
+        self.data, self.latent, self.timeout, self.reduce = data, latent, timeout, reduce
         self.rank = 0
         self.sent: Counter[str] = Counter()
         """Bytes that this process has passed to each collective, by name."""
@@ -106,7 +116,14 @@ class Mesh:
         return {"data": self.data, "latent": self.latent}.get(over, self.size)
 
     def all_reduce_sum(self, name: str, value: Tensor, over: str) -> Tensor:
-        """Sum a tensor over an axis, in place; all of its processes get the same bits."""
+        """Sum a tensor over an axis, in place; all of its processes get the same bits.
+
+        Reconstructions are summed in the precision of `mesh.reduce`.
+        """
+        if name == ROUNDED and self.reduce == "bfloat16" and self.axis_size(over) > 1:
+            rounded = value.bfloat16()
+            self.start_all_reduce_sum(name, rounded, over)()
+            return value.copy_(rounded)
         self.start_all_reduce_sum(name, value, over)()
         return value
 
@@ -229,24 +246,31 @@ def open_mesh(recipe: Recipe, device: str) -> Iterator[Mesh]:
     """Yield the mesh of a recipe among the processes that torchrun started.
 
     Args:
-        recipe: the recipe; `mesh.data` = 0 takes as many parts as there are processes for.
+        recipe: the recipe; with `mesh.data` = 0 as many parts as there are processes for, with
+            `mesh.latent` = 0 as many shards.
         device: this process's device.
 
     Raises:
         InputError: if the number of processes is not that of the mesh, or the mesh does not divide
             the batch and the latents.
     """
-    sizes = recipe.mesh
-    initialized = dist.is_available() and dist.is_initialized()
-    world = dist.get_world_size() if initialized else int(os.environ.get("WORLD_SIZE", 1))
-    data = sizes.data or world // sizes.latent
-    check(recipe, data, world)
+    world = processes()
+    sizes = sized(recipe.mesh, world)
+    recipe = dataclasses.replace(recipe, mesh=sizes)
+    check(recipe, sizes.data, world)
     if world == 1:
         yield SINGLE_PROCESS
         return
+    initialized = dist.is_initialized()
     if not initialized:
         connect(device, sizes.timeout)
-    mesh = Mesh(data, sizes.latent, device=device.partition(":")[0], timeout=sizes.timeout)
+    mesh = Mesh(
+        sizes.data,
+        sizes.latent,
+        device=device.partition(":")[0],
+        timeout=sizes.timeout,
+        reduce=sizes.reduce,
+    )
     try:
         yield mesh
     finally:
@@ -254,6 +278,26 @@ def open_mesh(recipe: Recipe, device: str) -> Iterator[Mesh]:
             mesh.close()
         else:
             dist.destroy_process_group()
+
+
+def processes() -> int:
+    """Return how many processes share the run: those of the process group, or that torchrun
+    started."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def sized(mesh: MeshConfig, world: int) -> MeshConfig:
+    """Return a mesh with numbers in place of 0, for `world` processes; both 0: parts of the batch.
+
+    Example:
+        >>> from ksparse.config import MeshConfig
+        >>> sized(MeshConfig(data=2, latent=0), 8).latent
+        4
+    """
+    data = mesh.data or max(1, world // max(1, mesh.latent))
+    return dataclasses.replace(mesh, data=data, latent=mesh.latent or max(1, world // data))
 
 
 def connect(device: str, timeout: float) -> None:

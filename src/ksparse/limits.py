@@ -44,6 +44,34 @@ def values_per_shard(k: int, n_latents: int, shards: int, capacity: float) -> in
 
 
 @functools.cache
+def widest(k: int, shards: int, tokens: int) -> int:
+    """Return about how many of a token's k active latents the fullest token of a batch has in one
+    shard, if they fall on the shards at random: less than one token in the batch has more.
+
+    Example:
+        >>> [widest(64, shards, 4096) for shards in (1, 2, 8, 64)]
+        [64, 46, 18, 6]
+    """
+    if shards == 1:
+        return k
+    tail = 0.0
+    for count in range(k, 0, -1):
+        tail += math.exp(_log_binomial(k, count, 1 / shards))
+        if tail * tokens >= 1:
+            return count
+    return 1
+
+
+def _log_binomial(number: int, count: int, share: float) -> float:
+    """Return the logarithm of the probability that `count` of `number` fall on a part with this
+    share."""
+    log = math.lgamma(number + 1) - math.lgamma(count + 1) - math.lgamma(number - count + 1)
+    return log + (
+        count * math.log(share) + (number - count) * math.log1p(-share) if share < 1 else 0
+    )
+
+
+@functools.cache
 def first_offer(k: int, shards: int) -> tuple[int, float]:
     """Return how many values of a token a shard offers first, and the share of tokens that are then
     expected to need all of its k, if the k largest fall on the shards at random.
@@ -55,12 +83,9 @@ def first_offer(k: int, shards: int) -> tuple[int, float]:
         >>> [first_offer(64, shards)[0] for shards in (2, 8, 64)]
         [42, 17, 7]
     """
-    share, tail, best = 1 / shards, 0.0, (k, 0.0, float(k))
+    tail, best = 0.0, (k, 0.0, float(k))
     for count in range(k, math.ceil(k / shards) - 1, -1):
-        log = math.lgamma(k + 1) - math.lgamma(count + 1) - math.lgamma(k - count + 1)
-        if shards > 1:
-            log += count * math.log(share) + (k - count) * math.log1p(-share)
-        tail += math.exp(log)
+        tail += math.exp(_log_binomial(k, count, 1 / shards))
         again = min(1.0, shards * tail)
         if count < k and count + again * k < best[2]:
             best = count, again, count + again * k

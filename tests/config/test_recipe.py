@@ -160,7 +160,7 @@ def test_a_recipe_is_frozen():
             {"sae": {"auxk_share": 1.5}},
             r"sae\.auxk_share is 1\.5; it must be above 0 and at most 1",
         ),
-        ({"mesh": {"latent": 0}}, r"mesh\.latent is 0; it must be at least 1"),
+        ({"mesh": {"latent": -1}}, r"mesh\.latent is -1; it must not be negative"),
         ({"mesh": {"data": -1}}, r"mesh\.data is -1; it must not be negative"),
         (
             {"mesh": {"capacity": 0.5}},

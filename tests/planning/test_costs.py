@@ -15,7 +15,8 @@ from ksparse import cli
 from ksparse.config import MeshConfig, Recipe, from_dict, to_toml
 from ksparse.errors import DiskError, OutOfMemoryError
 from ksparse.kernels import torch_ops
-from ksparse.planning import costs, flops, hardware, plan
+from ksparse.limits import widest
+from ksparse.planning import costs, flops, hardware, meshes, plan
 from ksparse.planning.costs import Collective, LMSpec, PlanInput
 from ksparse.planning.hardware import DEVICES, Device
 from ksparse.sae.model import SAE, Shape
@@ -103,6 +104,12 @@ def test_options_change_the_part_of_the_memory_that_they_say(changes, part, size
     assert costs.memory(case(**changes), MeshConfig()).get(part) == size
 
 
+def test_reconstructions_summed_in_bfloat16_are_copied_first():
+    asked = case(mesh__reduce="bfloat16")
+    assert costs.memory(asked, MeshConfig(2, 2))["batch"] == (5 * 4 + 2) * 32 * 16
+    assert costs.memory(asked, MeshConfig(4, 1))["batch"] == 5 * 4 * 16 * 16
+
+
 def test_main_memory_holds_five_copies_of_a_shard_at_a_checkpoint():
     whole, own = 2 * 64 * 16 + 64 + 16, 2 * 32 * 16 + 32 + 16
     assert costs.main_memory(case(), MeshConfig(2, 2)) == {"at a checkpoint": 4 * own * 5}
@@ -151,6 +158,8 @@ def test_the_collectives_of_2_x_2_are_what_a_hand_counts():
         ({"sae__auxk_coef": 0.0}, "counts", None),
         ({"sae__k_aux": 16}, "values", 4 * 32 * 4),
         ({"sae__auxk_norm": "batch"}, "spread", 4 * 16 + 4),
+        ({"mesh__reduce": "bfloat16"}, "recon", 2 * 32 * 16 * 2),
+        ({"mesh__reduce": "bfloat16"}, "W_enc", 4 * 32 * 16),
         ({"sae__auxk_share": 0.25}, "recon", 4 * 16 * (32 + 16)),
         ({"acts__shards": "somewhere"}, "block", None),
         ({"step": "autograd", "sae__multi_topk": 0.125}, "values", 4 * 32 * (4 + 12 + 6)),
@@ -525,3 +534,99 @@ def test_a_recipes_own_mesh_is_planned_as_it_says():
         unseen=costs.UnseenLM(d_model=16, parameters=10),
     ).requested
     assert (asked.devices, asked.data, asked.latent) == (8, 2, 4)
+
+
+ROOMY = dataclasses.replace(UNIT, memory=1e12)
+
+
+def test_more_devices_sum_gradients_or_have_the_whole_batch():
+    found = costs.schemes(case(ROOMY), 4)
+    assert (found.gathered.data, found.gathered.latent) == (1, 4)
+    assert not [each for each in found.gathered.communication if each.axis == "data"]
+    summed = [costs.estimate(case(ROOMY), MeshConfig(data, 4 // data)) for data in (2, 4)]
+    assert found.summed.tokens_per_s == max(each.tokens_per_s for each in summed)
+    assert costs.schemes(case(), 1).summed is None
+    assert costs.schemes(case(batch=63), 2).summed is None
+
+
+def test_large_weights_favour_the_whole_batch_and_large_batches_favour_gradients():
+    def faster(**changes):
+        found = costs.schemes(case(ROOMY, dead=0.0, **changes), 4)
+        return "gathered" if found.gathered.tokens_per_s > found.summed.tokens_per_s else "summed"
+
+    assert faster(sae__n_latents=4096, batch=64) == "gathered"
+    assert faster(sae__n_latents=64, batch=4096, acts__mix=4096) == "summed"
+
+
+def test_a_plan_names_the_faster_of_both_and_what_they_send():
+    asked = case(ROOMY, sae__n_latents=4096, mesh__data=2, mesh__latent=2)
+    given = costs.estimate(asked, MeshConfig(2, 2))
+    words = meshes.lines(SimpleNamespace(case=asked, requested=given))
+    sent = sum(each.sent for each in given.communication if each.axis == "data")
+    assert words[0].startswith(
+        f"mesh         2 x 2, gradients summed: a rank sends {plan.format_bytes(sent)} of gradients"
+    )
+    assert "1 x 4, the whole batch on each rank: a rank sends" in words[1]
+    assert words[2].endswith("that fits is 1 x 4: --mesh.data 1 --mesh.latent 4")
+    alone = costs.estimate(asked, MeshConfig())
+    assert meshes.lines(SimpleNamespace(case=asked, requested=alone)) == []
+    tight = dataclasses.replace(asked, card=dataclasses.replace(UNIT, memory=1e6))
+    words = meshes.lines(
+        SimpleNamespace(case=tight, requested=costs.estimate(tight, MeshConfig(2, 2)))
+    )
+    assert words[0].endswith("tokens/s, does not fit") and words[2].endswith("no mesh of 4 fits")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"run__kernels": "triton"}, "run.kernels triton"),
+        ({"optim__precision": "bfloat16"}, "optim.precision bfloat16"),
+        ({}, ""),
+    ],
+)
+def test_a_plan_for_several_processes_names_what_they_refuse(changes, words):
+    asked = case(ROOMY, step="triton", mesh__latent=2, **changes)
+    made = SimpleNamespace(
+        case=asked,
+        requested=costs.estimate(asked, MeshConfig(1, 2)),
+        meshes=[costs.best(asked, count) for count in (1, 2)],
+    )
+    said = f"{'':<13}several processes refuse {words}: planned without"
+    for lines in (meshes.lines(made), meshes.tables(made)):
+        assert (said in lines) == bool(words)
+
+
+@pytest.mark.parametrize(
+    "mesh, sizes",
+    [
+        ({}, (1, 1)),
+        ({"mesh__data": 0}, (4, 1)),
+        ({"mesh__latent": 0}, (1, 4)),
+        ({"mesh__data": 2, "mesh__latent": 0}, (2, 2)),
+        ({"mesh__data": 0, "mesh__latent": 2}, (2, 2)),
+    ],
+)
+def test_a_mesh_fills_up_to_the_number_of_processes(mesh, sizes):
+    found = meshes.fit_mesh(recipe(**mesh), "cpu", 4).mesh
+    assert (found.data, found.latent) == sizes
+
+
+def test_a_mesh_of_two_zeros_is_the_plans_best(monkeypatch):
+    monkeypatch.setattr(meshes, "read_lm_spec", lambda recipe: LMSpec(16, 1000, 600))
+    for changes in ({"sae__n_latents": 4096}, {"batch": 4096, "acts__mix": 4096}):
+        asked = recipe(mesh__data=0, mesh__latent=0, **changes)
+        found = meshes.fit_mesh(asked, "cpu", 4).mesh
+        card = dataclasses.replace(DEVICES["laptop"], per_node=4)
+        expected = costs.best(plan.plan_input(asked, LMSpec(16, 1000, 600), "cpu", card=card), 4)
+        assert (found.data, found.latent) == (expected.data, expected.latent)
+        assert meshes.fit_mesh(asked, "cpu", 1).mesh == MeshConfig()
+
+
+def test_the_fullest_token_has_about_as_many_latents_in_a_shard_as_planned():
+    draw = torch.Generator().manual_seed(0)
+    for k, shards, tokens in ((32, 4, 4096), (64, 8, 1024), (8, 2, 512)):
+        shard = torch.randint(shards, (tokens, k), generator=draw)
+        counts = torch.nn.functional.one_hot(shard, shards).sum(1)  # tokens x shards
+        assert abs(int(counts[:, 0].max()) - widest(k, shards, tokens)) <= 2
+    assert widest(32, 1, 4096) == 32

@@ -28,6 +28,10 @@ CASES = {  # what is changed in the recipe; the share of dead latents that a pla
     "2 x 2, Multi-TopK": ({"sae.multi_topk": 0.125}, 0.5),
     "1 x 4": ({"mesh.data": 1, "mesh.latent": 4}, 0.5),
     "1 x 4, in plain torch": ({"mesh.data": 1, "mesh.latent": 4, "run.kernels": "torch"}, 0.5),
+    "1 x 4, summed in bfloat16": (
+        {"mesh.data": 1, "mesh.latent": 4, "mesh.reduce": "bfloat16"},
+        0.5,
+    ),
     "4 x 1, preselected": ({"mesh.data": 4, "mesh.latent": 1, "optim.approx_topk": "int8"}, 0.5),
 }
 

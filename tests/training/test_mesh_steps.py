@@ -52,14 +52,14 @@ KINDS = {
 }
 
 
-def recipe(kind, data, latent):
+def recipe(kind, data, latent, reduce="float32"):
     table = {
         "sae": {"n_latents": N, "k": K, "dead_after": 2 * B},
         "optim": {"lr": 3e-3, "clip": 0.05, "ema": 0.9, "ema_span": 1.0},
         "batch": B,
         "tokens": STEPS * B,
         "run": {"device": "cpu"},
-        "mesh": {"data": data, "latent": latent},
+        "mesh": {"data": data, "latent": latent, "reduce": reduce},
     }
     changes = KINDS[kind]
     if changes.get("sae", {}).get("activation", {}).get("kind") not in ("relu", "gated", "prolu"):
@@ -77,9 +77,9 @@ def batch(number):
     return torch.nn.functional.normalize(x, dim=1)
 
 
-def trained(kind, data, latent):
+def trained(kind, data, latent, reduce="float32"):
     """Return of each process (start weights, first latents, tensors, losses, bytes of a step)."""
-    asked = recipe(kind, data, latent)
+    asked = recipe(kind, data, latent, reduce)
 
     def run(mesh):
         sae = new_sae(Shape(D, N, K, activation=asked.sae.activation.kind), {}, mesh)
@@ -103,7 +103,7 @@ def trained(kind, data, latent):
         tensors["since"] = state.since
         return start, first, {key: value.clone() for key, value in tensors.items()}, rows, sent
 
-    return on_mesh(data, latent, run)
+    return on_mesh(data, latent, run, reduce)
 
 
 def joined(parts, latent, whole):
@@ -118,7 +118,7 @@ def joined(parts, latent, whole):
 
 @pytest.fixture(scope="module")
 def run():
-    """Return run(kind, data, latent): what `trained` returns, once for each of them."""
+    """Return run(kind, data, latent, …): what `trained` returns, once for each of them."""
     return functools.cache(trained)
 
 
@@ -153,19 +153,41 @@ def test_a_mesh_takes_the_steps_of_one_process(kind, mesh, run):
             assert one == pytest.approx(other, rel=2e-5, abs=1e-9)
 
 
+def planned_bytes(asked, parts):
+    """Return the bytes that a step is planned to send, by name, and those it did send; without
+    those that depend on the data, which are checked."""
+    dead = sum((part[2]["since"] >= asked.dead_after).sum().item() for part in parts) / N
+    case = costs.PlanInput(
+        asked, costs.LMSpec(D, 0, 0), DEVICES["laptop"], choose_step(asked, "cpu"), dead=dead
+    )
+    planned = {each.name: each.bytes for each in costs.communication(case, asked.mesh)}
+    again, sent = planned.pop("values_again", 0), dict(parts[0][4])
+    assert sent.pop("values_again", 0) <= 4 * again + 4 * 8 * 4
+    del planned["stop"], planned["block"]  # of the loop around the steps
+    return planned, sent
+
+
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bytes_of_a_step_are_those_of_the_plan(kind, mesh, run):
     if "compiled" in kind and native.load() is None:
         pytest.skip("no compiler")
     data, latent = mesh
-    asked, parts = recipe(kind, data, latent), run(kind, data, latent)
-    dead = sum((part[2]["since"] >= asked.dead_after).sum().item() for part in parts[:latent]) / N
-    case = costs.PlanInput(
-        asked, costs.LMSpec(D, 0, 0), DEVICES["laptop"], choose_step(asked, "cpu"), dead=dead
-    )
-    planned = {each.name: each.bytes for each in costs.communication(case, asked.mesh)}
-    again, sent = planned.pop("values_again", 0), dict(parts[0][4])
-    assert sent.pop("values_again", 0) <= 4 * again + 4 * 8 * 4  # depends on the data
-    del planned["stop"], planned["block"]  # of the loop around the steps
+    planned, sent = planned_bytes(recipe(kind, data, latent), run(kind, data, latent)[:latent])
     assert sent == planned
+
+
+@pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
+@pytest.mark.parametrize(
+    "kind", ["in torch", "compiled, preselected", "Multi-TopK", "BatchTopK", "Gated"]
+)
+def test_reconstructions_summed_in_bfloat16_are_half_the_bytes_and_train_the_same(kind, mesh, run):
+    if "compiled" in kind and native.load() is None:
+        pytest.skip("no compiler")
+    data, latent = mesh
+    parts, exact = run(kind, data, latent, "bfloat16"), run(kind, data, latent)
+    planned, sent = planned_bytes(recipe(kind, data, latent, "bfloat16"), parts[:latent])
+    assert sent == planned and 2 * sent["recon"] == exact[0][4]["recon"]
+    for number, (one, other) in enumerate(zip(parts[0][3], exact[0][3], strict=True)):
+        assert one["nmse"] != other["nmse"]
+        assert one == pytest.approx(other, rel=0.02 if number else 2**-8)

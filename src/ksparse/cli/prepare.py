@@ -160,8 +160,8 @@ def plan(arguments: list[str]) -> None:
     devices = [
         _parse_int("--devices", word) for word in options["devices"].split(",") if word.strip()
     ]
+    from ksparse.planning import meshes, sites
     from ksparse.planning import plan as planning
-    from ksparse.planning import sites
 
     given: dict[str, Any] = {
         "devices": devices,
@@ -175,8 +175,8 @@ def plan(arguments: list[str]) -> None:
         table, lines = sites.to_dict(several), sites.lines(several)
     else:
         planned = planning.plan(recipe, **given)
-        table, lines = planning.to_dict(planned), planning.lines(planned)
-        lines += ["", *planning.tables(planned)] if devices else []
+        table, lines = planning.to_dict(planned), planning.lines(planned) + meshes.lines(planned)
+        lines += ["", *meshes.tables(planned)] if devices else []
     if options["json"] == "-":
         print(json.dumps(table, indent=1))
         return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -22,11 +24,13 @@ from ksparse.cli.output import (
     print_status,
     write_report,
 )
+from ksparse.cli.report import raise_on_signal
 from ksparse.config import Recipe
 from ksparse.config.evaluation import EvalConfig
 from ksparse.planning.tuning import check_parent, default_folder, finetune_recipe, fit_buffer
 from ksparse.progress import format_duration, format_elapsed, report
-from ksparse.storage.run_folder import RunFolder, open_run
+from ksparse.scaling.processes import Processes, check_mesh, in_jobs, local_command
+from ksparse.storage.run_folder import RunFolder, open_run, runs_in
 
 
 @dataclass(frozen=True)
@@ -37,20 +41,54 @@ class TrainArgs(Recipe):
     """Folder of the run; by default runs/NAME, with the name of the recipe."""
 
 
+@dataclass(frozen=True)
+class LaunchArgs(Processes, TrainArgs):
+    """Options of `ksparse train`, and where its processes are started."""
+
+
 @verb
 def train(arguments: list[str]) -> None:
-    """train [RECIPE.toml] [--key value …]
+    """train [RECIPE.toml] [--launch local|slurm] [--key value …]
 
     Train an autoencoder, or one at each of several sites (--acts.site 'resid_post.*'); the same
     command resumes an interrupted run.
     """
-    recipe, options, name = parse_recipe(TrainArgs, "train", arguments)
-    run = RunFolder(Path(options["out"] or f"runs/{name}"))
-    trained = train_run(recipe, run)
+    recipe, options, name = parse_recipe(LaunchArgs, "train", arguments)
+    run = RunFolder(Path(options.pop("out") or f"runs/{name}"))
+    processes = Processes(**options)
+    if processes.launch == "here":
+        trained = train_run(recipe, run)
+    else:
+        _launch(recipe, run, processes)
+        several = recipe.acts.names_several_sites
+        trained = {one.recipe().acts.site: one for one in runs_in(run.path)} if several else run
     if isinstance(trained, dict):
         print_sites(run.path, trained)
     else:
         print_next_steps(run)
+
+
+def _launch(recipe: Recipe, run: RunFolder, processes: Processes) -> None:
+    """Train on processes that are started for it. On this machine torchrun takes this process's
+    place."""
+    check_mesh(recipe, processes)
+    if processes.launch == "local":
+        command, environment = local_command(recipe, run, processes)
+        sys.stdout.flush()
+        os.execve(command[0], command, environment)
+    with (
+        ProgressBar("training") as bar,
+        raise_on_signal(signal.SIGTERM),
+        raise_on_signal(signal.SIGHUP),
+    ):
+
+        def observe() -> None:
+            row = run.metrics()[-1] if run.metrics_file.is_file() else None
+            if row:
+                bar.note_metrics(row)
+            report("training", row["step"] if row else 0, recipe.steps)
+
+        in_jobs(recipe, run, processes, observe=observe, warn=print_status)
 
 
 @dataclass(frozen=True)

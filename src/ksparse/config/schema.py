@@ -567,20 +567,25 @@ class MeshConfig(Config):
     SECTION = "mesh."
 
     data: int = 1
-    """Parts that each batch is split into (data parallelism); 0: number of processes / latent."""
+    """Parts that each batch is split into (data parallelism); 0: number of processes / latent. Both
+    0: the fastest mesh that fits, by the plan for the processes' devices, which must be alike."""
     latent: int = 1
-    """Shards that the latents are split into (latent parallelism)."""
+    """Shards that the latents are split into (latent parallelism); 0: number of processes / data.
+    With data 1 each process has the whole batch and latents of its own: no gradient is summed."""
     capacity: float = 0.0
     """Candidates that each shard of the latents offers per token, as a multiple of k / latent. 0:
     as many as the same selection as that of one process takes. A bound, as in the paper, can miss
     latents where those of a token are concentrated in one shard; the log reports how often."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the shards' reconstructions are summed. bfloat16 halves the bytes of that
+    sum, and rounds it: each addition by up to 2^-9."""
     timeout: float = 600.0
     """Seconds that a process waits for the others before the run fails."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range("data", at_least=0)
-        self.check_range("latent", at_least=1)
+        self.check_range("latent", at_least=0)
         self.check_range("timeout", above=0, note=" seconds")
         if self.capacity and self.capacity < 1:
             raise InputError(
@@ -795,7 +800,7 @@ def _check_lm_loss(recipe: Recipe) -> None:
             "activations, and this loss runs the LM on the contexts that they come from: leave "
             "acts.shards out and give acts.lm, acts.site and acts.text, or sae.lm_loss 'none'"
         )
-    if recipe.mesh.data != 1 or recipe.mesh.latent > 1:
+    if recipe.mesh.data != 1 or recipe.mesh.latent != 1:
         raise InputError(
             f"{asked} and the mesh is {recipe.mesh.data} x {recipe.mesh.latent}; a batch of whole "
             "contexts is not split over processes: give mesh.data 1 and mesh.latent 1"

@@ -7,6 +7,7 @@ Arithmetic; needs no torch.
     seconds(case, mesh)                  seconds of a step, by part
     estimate(case, mesh)                 all three, whether it fits, and tokens/s
     best(case, devices)                  the mesh to use
+    schemes(case, devices)               the best one that sums gradients, and the one that does not
     largest(case, devices)               how many latents fit
     disk_bytes(recipe, parameters)       checkpoints on disk
     sae_memory(case), add_memory(…)      memory of several SAEs that share a stream
@@ -27,7 +28,7 @@ from typing import Literal, NamedTuple
 
 from ksparse.config import ActsConfig, Config, MeshConfig, Recipe, auxk_tokens, k_aux
 from ksparse.errors import InputError
-from ksparse.limits import COMPARED, PRE_ACTS, SAMPLE, first_offer, values_per_shard
+from ksparse.limits import COMPARED, PRE_ACTS, SAMPLE, first_offer, values_per_shard, widest
 from ksparse.planning import flops, hardware
 from ksparse.planning.hardware import Device
 from ksparse.planning.steps import StepKind, prefilters
@@ -216,6 +217,7 @@ class RankShape:
         ks: k of each code that is computed: the SAE's, and Multi-TopK's.
         offers: values of a token that the rank contributes to the global top k, for each of `ks`.
         active: values of a token in all codes.
+        kept: those of each code that are left of the fullest token once shards were compared.
         parts: parts of the batch that autograd takes one after the other.
         dead: dead latents.
         auxk_rows: tokens that AuxK is computed on.
@@ -240,6 +242,9 @@ class RankShape:
             self.ks = []  # every latent decides alone, or the batch does
         self.offers = [self._values_per_shard(k, recipe.mesh.capacity) for k in self.ks]
         self.active = sum(self.offers) or min(sae.k, self.n)
+        self.kept = [
+            min(offer, widest(k, mesh.latent, self.rows)) for k, offer in zip(self.ks, self.offers)
+        ] or [self.active]
         self.parts = math.ceil(self.rows / max(1, PRE_ACTS // self.n))
         self.auxk = sae.uses_auxk
         self.dead = round(case.dead * self.n) if self.auxk else 0
@@ -327,8 +332,8 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
         "values of all slices": COMPARED_BYTES * min(COMPARED, mesh.latent * most_exchanged)
         if mesh.latent > 1
         else 0,
-        "batch": (24 if _reads_bfloat16(case, rank) else 20) * rank.rows * d,
-        "gathered rows": 4 * min(rank.rows, GATHERED) * max(rank.offers, default=rank.active) * d
+        "batch": _batch_row(case, rank) * rank.rows * d,
+        "gathered rows": 4 * min(rank.rows, GATHERED) * max(rank.kept) * d
         if rank.step == "torch" and not host
         else 0,
         # dead rows of both matrices and of both gradients, and two products
@@ -453,6 +458,13 @@ def _reads_bfloat16(case: PlanInput, rank: RankShape) -> bool:
     return case.recipe.optim.precision == "bfloat16" and rank.step == "triton"
 
 
+def _batch_row(case: PlanInput, rank: RankShape) -> int:
+    """Return the bytes held for each number of the batch: five in float32, and two bfloat16 copies
+    that sparse parts read, or one that is summed."""
+    summed = rank.mesh.latent > 1 and case.recipe.mesh.reduce == "bfloat16"
+    return 20 + (4 if _reads_bfloat16(case, rank) else 0) + (2 if summed else 0)
+
+
 def _low_precision_copies(case: PlanInput, rank: RankShape) -> float:
     """Return the bytes of the copies of the weights that preselection and the sparse parts read."""
     matrix, bfloat16 = rank.n * rank.d, _reads_bfloat16(case, rank)
@@ -516,7 +528,8 @@ def _forward_calls(case: PlanInput, rank: RankShape) -> list[Collective]:
     sae = case.recipe.sae
     kind, prefixes = sae.activation.kind, len(sae.prefixes) or sae.prefix_draws
     codes = max(1, len(rank.ks)) + prefixes + (kind == "gated")
-    recons = [4 * rows * d for rows in (*[rank.rows] * codes, rank.auxk_rows)]
+    number = bytes_of(case.recipe.mesh.reduce)
+    recons = [number * rows * d for rows in (*[rank.rows] * codes, rank.auxk_rows)]
     # the total, the error, and each further term of the loss
     terms = 2 + bool(sae.multi_topk) + sae.uses_auxk + (len(sae.prefixes) or bool(prefixes))
     terms += (kind not in ("topk", "batch_topk")) + (kind == "gated")
@@ -605,17 +618,24 @@ def seconds(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
         if case.live
         else 0
     )
-    reads = 4 if card.host or rank.step == "triton" else 6  # of a row, by the sparse parts
     parts = {
         "encoder product": 2 * rank.rows * rank.n * d / product,
         "selection": _selection_bytes(case, rank) / stream,
-        "sparse parts": 4 * rank.rows * rank.active * d * reads / gather,
+        "sparse parts": 4 * rank.rows * d * _rows_read(case, rank) / gather,
         "AuxK": 5 * 2 * rank.auxk_rows * rank.dead * d / (hardware.PRODUCT * card.float32),
         "Adam, norms, average": 2 * rank.n * d * _update_bytes(case, rank) / stream,
         "LM": case.lm_flops * lm_tokens / lm,
         **{name: _exchange_seconds(case, mesh, axis) for axis, name in EXCHANGE.items()},
     }
     return {name: value for name, value in parts.items() if value}
+
+
+def _rows_read(case: PlanInput, rank: RankShape) -> int:
+    """Return how many rows of d numbers the sparse parts read for a token."""
+    times = 4 if case.card.host or rank.step == "triton" else 6
+    # with a prefilter a shard computes all values that it might offer
+    offered = rank.active if rank.prefilters and rank.mesh.latent > 1 else 0
+    return times * sum(rank.kept) + offered
 
 
 def _product_is_bfloat16(case: PlanInput, rank: RankShape) -> bool:
@@ -697,8 +717,27 @@ def estimate(case: PlanInput, mesh: MeshConfig) -> StepCost:
 
 
 def mesh_of(recipe: Recipe) -> MeshConfig:
-    """Return a recipe's mesh, with `data` 1 where it is left to the number of processes."""
-    return dataclasses.replace(recipe.mesh, data=recipe.mesh.data or 1)
+    """Return a recipe's mesh, with 1 for what is left to the number of processes."""
+    mesh = recipe.mesh
+    return dataclasses.replace(mesh, data=mesh.data or 1, latent=mesh.latent or 1)
+
+
+class Schemes(NamedTuple):
+    """The two ways to use more devices than the latents need; None where no mesh divides the batch
+    and the latents."""
+
+    summed: StepCost | None
+    """The best mesh whose ranks have parts of the batch, and sum the gradients of their latents."""
+    gathered: StepCost | None
+    """The mesh whose ranks all have the whole batch, and latents of their own."""
+
+
+def schemes(case: PlanInput, devices: int) -> Schemes:
+    """Return the costs of both ways to use a number of devices."""
+    estimates = [estimate(case, mesh) for mesh in _meshes(case, devices)]
+    summed = [cost for cost in estimates if cost.data > 1]
+    gathered = [cost for cost in estimates if cost.data == 1]
+    return Schemes(_best(summed) if summed else None, gathered[0] if gathered else None)
 
 
 def best(case: PlanInput, devices: int) -> StepCost:
@@ -708,6 +747,18 @@ def best(case: PlanInput, devices: int) -> StepCost:
     Raises:
         InputError: if no mesh of this size divides the batch and the latents.
     """
+    meshes = _meshes(case, devices)
+    if not meshes:
+        raise InputError(
+            f"no mesh of {devices} devices divides a batch of {case.recipe.batch:,} and "
+            f"{case.recipe.sae.n_latents:,} latents; take a number of devices "
+            "that divides one of them, such as a power of two"
+        )
+    return _best([estimate(case, mesh) for mesh in meshes])
+
+
+def _meshes(case: PlanInput, devices: int) -> list[MeshConfig]:
+    """Return the meshes of a number of devices that divide the batch and the latents."""
     if devices < 1:
         raise InputError(f"devices is {devices}; it must be at least 1")
     sae = case.recipe.sae
@@ -716,20 +767,17 @@ def best(case: PlanInput, devices: int) -> StepCost:
         for latent in range(1, devices + 1)
         if devices % latent == 0
     ]
-    meshes = [
+    return [
         mesh
         for mesh in meshes
         if case.recipe.batch % mesh.data == 0
         and sae.n_latents % mesh.latent == 0
-        and sae.k <= sae.n_latents // mesh.latent
+        and max(sae.k, sae.k_start) <= sae.n_latents // mesh.latent
     ]
-    if not meshes:
-        raise InputError(
-            f"no mesh of {devices} devices divides a batch of {case.recipe.batch:,} and "
-            f"{case.recipe.sae.n_latents:,} latents; take a number of devices "
-            "that divides one of them, such as a power of two"
-        )
-    estimates = [estimate(case, mesh) for mesh in meshes]
+
+
+def _best(estimates: list[StepCost]) -> StepCost:
+    """Return the fastest that fits, or the smallest if none fits."""
     fitting = [cost for cost in estimates if cost.fits]
     return (
         max(fitting, key=lambda cost: cost.tokens_per_s)

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,12 @@ def plan_input(
     if recipe.acts.lm_dtype == "auto" and device != "cpu":  # most LMs are stored in it
         acts = dataclasses.replace(recipe.acts, lm_dtype="bfloat16")
         recipe = dataclasses.replace(recipe, acts=acts)
-    card = card or _typical_device(device)
+    card = card or typical_device(device)
     return PlanInput(recipe, subject, card, step, prefetches(recipe, device), dead)
 
 
-def _typical_device(device: str) -> Device:
+def typical_device(device: str) -> Device:
+    """Return the figures of a device like it: a laptop's or an H100's."""
     return DEVICES["laptop" if device == "cpu" else "h100"]
 
 
@@ -277,78 +278,7 @@ def advice(memory: dict[str, float]) -> str:
     return ", ".join(f"{flag} ({', '.join(names)})" for flag, names in flags)
 
 
-# ---- on other devices ----------------------------------------------------------------------------
-
-
-def tables(plan: RunPlan) -> list[str]:
-    """Return tables of the best meshes: their sizes, then memory, communication and time by
-    part."""
-    case, meshes, recipe, card = plan.case, plan.meshes, plan.case.recipe, plan.case.card
-    tokens = recipe.steps * recipe.batch
-    rows = [
-        ("devices", [f"{cost.devices}" for cost in meshes]),
-        ("mesh, data x latent", [f"{cost.data} x {cost.latent}" for cost in meshes]),
-        ("fits", ["yes" if cost.fits else "no" for cost in meshes]),
-        ("tokens/s", [f"{cost.tokens_per_s:,.0f}" for cost in meshes]),
-        ("the run", [format_duration(tokens / cost.tokens_per_s) for cost in meshes]),
-        ("most latents that fit", [f"{costs.largest(case, cost.devices):,}" for cost in meshes]),
-    ]
-    several = "plain torch" if case.step == "triton" else case.step
-    memory = _rows_by_name([cost.memory for cost in meshes], format_bytes)
-    main_memory = _rows_by_name([cost.main_memory for cost in meshes], format_bytes)
-    lines = [
-        f"devices      {card.name}: {format_bytes(card.memory)}, {card.float32 / 1e12:,.4g} "
-        f"TFLOP/s float32, {card.bfloat16 / 1e12:,.4g} bfloat16, "
-        f"{card.bandwidth / 1e9:,.0f} GB/s; {card.per_node} to a node, {card.link / 1e9:,.4g} GB/s "
-        f"there and {card.network / 1e9:,.4g} between nodes, each way",
-        f"a step       {case.step} on one device, {several} on several; {case.dead:.0%} of the "
-        "latents dead",
-        "",
-        *_align(rows),
-        *["", "memory of a rank", *_align(memory)],
-        # The two moments do not overlap, so they have no sum.
-        *["", "main memory of a rank, for a while", *_align(main_memory[:-1])],
-    ]
-    if any(cost.communication for cost in meshes):
-        sizes = _rows_by_name([_bytes_by_collective(cost) for cost in meshes], format_bytes)
-        lines += ["", "given by a rank to each collective in a step", *_align(sizes)]
-    spent = _rows_by_name([cost.seconds for cost in meshes], lambda s: f"{1000 * s:,.1f}")
-    return [*lines, "", "milliseconds of a step", *_align(spent)]
-
-
-def _bytes_by_collective(cost: StepCost) -> dict[str, float]:
-    """Return the bytes of each collective; those below 1 kB are added up."""
-    sizes: dict[str, float] = {}
-    for call in cost.communication:
-        name = f"{call.name} ({call.kind}, {call.axis})" if call.bytes >= 1000 else "small ones"
-        sizes[name] = sizes.get(name, 0) + call.bytes
-    return sizes
-
-
-def _rows_by_name(
-    columns: list[dict[str, float]], format_value: Callable[[float], str]
-) -> list[tuple[str, list[str]]]:
-    """Return a table row for each name that occurs in the columns, and one of their sums."""
-    names = sorted(
-        dict.fromkeys(name for column in columns for name in column),
-        key=lambda name: name == "small ones",
-    )
-    return [
-        *(
-            (name, [format_value(column[name]) if name in column else "-" for column in columns])
-            for name in names
-        ),
-        ("in all", [format_value(sum(column.values())) for column in columns]),
-    ]
-
-
-def _align(rows: list[tuple[str, list[str]]]) -> list[str]:
-    first = max(len(name) for name, _ in rows) + 2
-    widths = [max(len(cells[i]) for _, cells in rows) + 2 for i in range(len(rows[0][1]))]
-    return [
-        f"  {name:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
-        for name, cells in rows
-    ]
+# ---- as a file -----------------------------------------------------------------------------------
 
 
 def to_dict(plan: RunPlan) -> dict[str, Any]:
@@ -396,21 +326,23 @@ def _cost_to_dict(cost: StepCost) -> dict[str, Any]:
 def measure_device(device: str) -> Device:
     """Return the figures of one of this machine's devices: its memory, and its speed and bandwidth
     measured in a fraction of a second; its links are assumed to be a laptop's or an H100's."""
-    host, typical = device == "cpu", _typical_device(device)
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if not device.startswith("cuda")
-        else torch.cuda.get_device_properties(device).total_memory
-    )
+    host, typical = device == "cpu", typical_device(device)
     rate = measure_flops(device) / hardware.PRODUCT
     return dataclasses.replace(
         typical,
         name=device,
-        memory=float(memory),
+        memory=device_memory(device),
         float32=rate,
         bfloat16=rate if host else typical.bfloat16 * rate / typical.float32,
         bandwidth=measure_bandwidth(device) / hardware.MEMORY,
     )
+
+
+def device_memory(device: str) -> float:
+    """Return the bytes of a device's memory."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def read_lm_spec(recipe: Recipe) -> LMSpec:

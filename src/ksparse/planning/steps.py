@@ -124,7 +124,7 @@ def prefilters(recipe: Recipe, shards: int = 0) -> bool:
         shards: into how many shards the latents are split; 0: `mesh.latent`.
     """
     screen, sae = recipe.optim.approx_topk, recipe.sae
-    latents = sae.n_latents // (shards or recipe.mesh.latent)
+    latents = sae.n_latents // max(1, shards or recipe.mesh.latent)
     return screen != "off" and (screen != "auto" or latents >= 64 * sae.k)
 
 

@@ -38,6 +38,7 @@ from ksparse.device import resolve_device
 from ksparse.distributed import Mesh
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
 from ksparse.lm.loading import loading_options, resolve_dtype
+from ksparse.planning.meshes import fit_mesh
 from ksparse.planning.sharing import stream_key
 from ksparse.planning.sites import explain_memory
 from ksparse.storage import atomic, jsonio
@@ -216,9 +217,10 @@ def train_many(
         device = distributed.local_device(resolve_device(shared.run.device))
         recipes = [_with_lm_dtype(recipe, device) for recipe in recipes]
         shared = recipes[0]
-        mesh = stack.enter_context(distributed.open_mesh(shared, device))
+        shape = fit_mesh(shared, device, distributed.processes())
+        mesh = stack.enter_context(distributed.open_mesh(shape, device))
         for recipe in recipes[1:]:
-            distributed.check(recipe, mesh.data, mesh.size)
+            distributed.check(dataclasses.replace(recipe, mesh=shape.mesh), mesh.data, mesh.size)
         mesh.on_rank0("begin", lambda: _lock_and_begin(stack, runs, recipes))
         signals = stack.enter_context(_stop_signals())
         set_threads(shared.threads)

@@ -5,6 +5,7 @@ started again and continues from its checkpoints.
     processes(…)          a `start` that begins a process on this machine
     submitted(…)          a `start` that submits a job through submitit (Slurm, or its local
                           executor)
+    submitter(…)          the function that does it, for any work
 """
 
 from __future__ import annotations
@@ -68,12 +69,17 @@ class Launch(Config):
                 f"the launcher 'here' is one process, but workers is {self.workers}; "
                 "give --launcher processes"
             )
-        invalid = [item for item in self.slurm if "=" not in item]
-        if invalid:
-            raise InputError(
-                f"the parameter {invalid[0]!r} of --slurm is not name=value, such as "
-                "slurm_partition=gpu"
-            )
+        check_parameters(self.slurm)
+
+
+def check_parameters(parameters: Sequence[str]) -> None:
+    """Raise InputError for a word of --slurm that is not name=value."""
+    invalid = [item for item in parameters if "=" not in item]
+    if invalid:
+        raise InputError(
+            f"the parameter {invalid[0]!r} of --slurm is not name=value, such as "
+            "slurm_partition=gpu"
+        )
 
 
 class Worker(Protocol):
@@ -202,14 +208,10 @@ def processes(folder: Path, workers: int) -> Start:
         folder: the sweep's folder, which the logs are written to.
         workers: how many processes share the machine.
     """
-    cores = (
-        max(1, len(os.sched_getaffinity(0)) // workers)
-        if hasattr(os, "sched_getaffinity")
-        else max(1, (os.cpu_count() or 1) // workers)
-    )
+    share = max(1, cores() // workers)
 
     def start(names: list[str], slot: int) -> Worker:
-        environment = os.environ | SAFE | {"OMP_NUM_THREADS": str(cores)}
+        environment = os.environ | SAFE | {"OMP_NUM_THREADS": str(share)}
         log = atomic.inside(folder, "logs", f"{names[0]}.log")
         gpus = _gpus()
         if gpus:
@@ -217,6 +219,13 @@ def processes(folder: Path, workers: int) -> Start:
         return Process(command(folder, names), log, environment)
 
     return start
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def command(folder: Path, names: list[str]) -> list[str]:
@@ -265,31 +274,59 @@ def submitted(folder: Path, options: Launch) -> Start:
     Raises:
         InputError: if submitit is not installed.
     """
+    submit = submitter(folder, options.launcher, options.minutes, options.slurm)
+
+    def start(names: list[str], slot: int) -> Worker:
+        from submitit import helpers
+
+        return submit(helpers.CommandFunction(command(folder.resolve(), names)))
+
+    return start
+
+
+def submitter(
+    folder: Path,
+    cluster: str,
+    minutes: int,
+    parameters: Sequence[str],
+    more: dict[str, Any] | None = None,
+) -> Callable[[Callable[[], Any]], Worker]:
+    """Return a function that submits a callable as a job, with its logs in folder/logs.
+
+    Args:
+        folder: where the logs are.
+        cluster: "slurm", or "local" for submitit's stand-in.
+        minutes: time limit of a job.
+        parameters: name=value, by submitit's names; they replace those of `more`.
+        more: further parameters.
+
+    Raises:
+        InputError: if submitit is not installed.
+    """
     try:
         import submitit
     except ModuleNotFoundError:
         raise InputError(
-            f"the launcher {options.launcher!r} needs the package submitit: pip install "
-            "'ksparse[slurm]'"
+            f"the launcher {cluster!r} needs the package submitit: pip install 'ksparse[slurm]'"
         ) from None
     # submitit runs the pickles in this folder, so its name must not be guessable.
     home = atomic.inside(folder, "logs", f"jobs-{secrets.token_hex(8)}")
-    executor = submitit.AutoExecutor(folder=home, cluster=options.launcher)
-    more = {
+    executor = submitit.AutoExecutor(folder=home, cluster=cluster)
+    given = {
         name: int(value) if value.lstrip("-").isdigit() else value
-        for name, _, value in (item.partition("=") for item in options.slurm)
+        for name, _, value in (item.partition("=") for item in parameters)
     }
     safe = {"slurm_setup": [f"export {name}={value}" for name, value in SAFE.items()]}
-    executor.update_parameters(name="ksparse", timeout_min=options.minutes, **safe | more)
+    every = safe | (more or {}) | given
+    executor.update_parameters(name="ksparse", timeout_min=minutes, **every)
 
-    def start(names: list[str], slot: int) -> Worker:
+    def submit(work: Callable[[], Any]) -> Worker:
         before = dict(os.environ)
         os.environ |= SAFE  # for the `python -m` that submitit starts
         try:
-            work = submitit.helpers.CommandFunction(command(folder.resolve(), names))
             return Submitted(executor.submit(work))
         finally:
             os.environ.clear()
             os.environ |= before
 
-    return start
+    return submit

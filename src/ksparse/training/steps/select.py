@@ -39,15 +39,15 @@ def build_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> Autogra
     if recipe.sae.limits_weights and recipe.run.kernels == "auto":
         log.info("sae.freeze and sae.decoder_cosine_min: the step is taken in plain torch")
     if kind == "triton":
-        return TritonStep(sae, recipe, _prefilter(recipe, lambda: "int8"), mesh)
+        return TritonStep(sae, recipe, _prefilter(recipe, mesh, lambda: "int8"), mesh)
     if kind == "native":  # one choice for all: each process would time the products anew
-        screen = mesh.broadcast_str("prefilter", _prefilter(recipe, fastest_prefilter))
+        screen = mesh.broadcast_str("prefilter", _prefilter(recipe, mesh, fastest_prefilter))
         return NativeStep(sae, recipe, screen, mesh)
     return (ExplicitStep if kind == "torch" else AutogradStep)(sae, recipe, mesh)
 
 
-def _prefilter(recipe: Recipe, fastest: Callable[[], str]) -> str:
+def _prefilter(recipe: Recipe, mesh: Mesh, fastest: Callable[[], str]) -> str:
     """Return the precision in which candidates are preselected, or "off"; "auto" is `fastest()`."""
-    if not steps.prefilters(recipe):
+    if not steps.prefilters(recipe, mesh.latent):
         return "off"
     return fastest() if recipe.optim.approx_topk == "auto" else recipe.optim.approx_topk
