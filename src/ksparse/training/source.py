@@ -236,8 +236,8 @@ class ActivationSource:
         if isinstance(self.source, ShardStream) and isinstance(self.source.shards, Tensors):
             apart = Tensors(self.source.shards.folder, "validation")
             window = recipe.acts.shard_window
-            stream = ShardStream(apart, batch=rows, seed=0, device=self.device, window=window)
-            return [stream.sample(rows)]
+            shards = ShardStream(apart, batch=rows, seed=0, device=self.device, window=window)
+            return [shards.sample(rows)]
         # The same passes in a resumed run, which reads these before its cursor is known.
         lm_batch = recipe.acts.lm_batch or ActsConfig.lm_batch
         acts = dataclasses.replace(recipe.acts, mix=rows, lm_batch=lm_batch)
