@@ -105,6 +105,13 @@ def test_what_cannot_be_asked_is_named(asked, changes, says):
         controls.asked_run(Study("sanity", dataclasses.replace(asked(), **changes)))
 
 
+def test_too_few_rows_for_the_probes_are_refused_before_a_control_is_trained(asked, monkeypatch):
+    monkeypatch.setattr(controls, "train", lambda *members: pytest.fail("trained"))
+    options = dataclasses.replace(asked(), suite="", probe_rows=60)
+    with pytest.raises(InputError, match="probe_rows is 60"):
+        sanity.run(Study("sanity", options))
+
+
 def test_an_unfinished_run_has_no_controls(small_recipe, tmp_path, asked):
     def stop(row):
         if row["step"] == 5:

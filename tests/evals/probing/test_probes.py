@@ -362,6 +362,20 @@ def test_pooling_is_refused_for_tasks_on_tokens(subject):
         )
 
 
+def test_too_few_rows_for_the_built_in_tasks_are_refused_before_anything_is_read(subject):
+    acts, lm = subject
+    seen = []
+    with pytest.raises(InputError, match="probe_rows is 60; .* give at least 80, or texts with"):
+        runner.evaluate(
+            make_sae(acts, lm.d_model),
+            lm,
+            ["stats", "probes"],
+            dataclasses.replace(OPTIONS, probe_rows=60),
+            observe=lambda *work: seen.append(work),
+        )
+    assert not seen
+
+
 def test_a_task_with_too_few_rows_of_a_label_is_refused(subject, tmp_path):
     acts, lm = subject
     suite = write_suite(tmp_path / "s", few=[(words(i, " on"), int(i < 25)) for i in range(400)])

@@ -71,6 +71,7 @@ class Probes(Metric):
 
     def __init__(self, context: EvalContext):
         super().__init__(context)
+        tasks.check_options(context.options)
         self.task_losses: dict[str, TaskLosses] = {}
         self.cut: list[int] = []
         self.n_texts = 0

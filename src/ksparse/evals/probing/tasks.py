@@ -199,13 +199,14 @@ def _filler_token(lm: LM) -> int:
 # ---- Python source -------------------------------------------------------------------------------
 
 
-def python_tasks(lm: LM, acts: ActsConfig, options: EvalConfig, observe: Progress) -> ProbeTasks:
-    """Return the built-in tasks.
+def check_options(options: EvalConfig) -> None:
+    """Check that options fit the tasks, before anything is read.
 
-    A row is a token of a held-out file of the standard library, in contexts like those of training.
+    Raises:
+        InputError: the built-in tasks cannot have this position or so few rows.
     """
-    from ksparse.evals.probing.python_labels import TASKS
-
+    if options.suite:
+        return
     if options.position != "last":
         raise InputError(
             f"position {options.position!r} is for tasks on texts; the built-in tasks are on "
@@ -217,6 +218,15 @@ def python_tasks(lm: LM, acts: ActsConfig, options: EvalConfig, observe: Progres
             f"probe_rows is {options.probe_rows}; a built-in task needs {LEAST} rows of each label "
             f"in each half: give at least {4 * LEAST}, or texts with --suite"
         )
+
+
+def python_tasks(lm: LM, acts: ActsConfig, options: EvalConfig, observe: Progress) -> ProbeTasks:
+    """Return the built-in tasks.
+
+    A row is a token of a held-out file of the standard library, in contexts like those of training.
+    """
+    from ksparse.evals.probing.python_labels import TASKS
+
     pool = _TokenPool(lm, acts)
     _fill(pool, _TOKENS_PER_ROW * options.probe_rows, observe)
     labels, document = np.concatenate(pool.labels), np.concatenate(pool.documents)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ksparse.evals.probing import tasks
 from ksparse.studies.sanity import controls, latents, measure, questions
 from ksparse.studies.sanity.controls import Cohort
 from ksparse.studies.sanity.measure import SanityEvidence
@@ -44,6 +45,7 @@ def run(study: Study) -> dict[str, Any]:
             make the controls unlike the run.
     """
     evidence = SanityEvidence(study, controls.asked_run(study))
+    tasks.check_options(measure.eval_options(study).resolved())
     for cohort in controls.cohorts(evidence.subject):
         controls.train(study, evidence.subject, cohort)
         for stage in STAGES:
