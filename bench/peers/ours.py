@@ -73,7 +73,7 @@ def main() -> None:
     args = arguments()
     logging.disable(logging.INFO)
     stream = Saved(training_rows(args), args.batch)
-    source.open_stream = lambda recipe, device, mesh: (stream, {})
+    source.open_stream = lambda recipe, device, mesh, others: (stream, {})
     recipe, folder = recipe_of(args), args.out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()

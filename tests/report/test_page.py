@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ksparse import report
+from ksparse.config import SEVERAL_SITES
 from ksparse.errors import InputError
 from ksparse.report.sections import quality
 from ksparse.report.tokens import safe_text
@@ -548,7 +549,8 @@ def test_hostile_text_is_text_wherever_it_is(make_run, name, last) -> None:
     run = make_run(
         name,
         vocabulary=payloads,
-        changes={f"acts.{key}": in_recipe for key in ("lm", "text", "site", "shards")},
+        changes={f"acts.{key}": in_recipe for key in ("lm", "text", "shards")}
+        | {"acts.site": in_recipe.translate(dict.fromkeys(map(ord, SEVERAL_SITES)))},
         environment={
             "versions": {payload: payload},
             "platform": payload,

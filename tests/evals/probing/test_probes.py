@@ -373,7 +373,7 @@ def test_too_few_rows_for_the_built_in_tasks_are_refused_before_anything_is_read
             dataclasses.replace(OPTIONS, probe_rows=60),
             observe=lambda *work: seen.append(work),
         )
-    assert not seen
+    assert not any("reading" in what for what, *_ in seen)
 
 
 def test_a_task_with_too_few_rows_of_a_label_is_refused(subject, tmp_path):
