@@ -537,7 +537,8 @@ def test_the_search_for_an_sae_skips_links_and_folders_that_cannot_be_entered(
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(
-        InputError, match="holds no SAE itself; its folders a/deep/sae do: name one"
+        InputError,
+        match="holds no SAE itself; its folders a/deep/sae do: name one, with --subfolder a/deep/sae ",
     ):
         ksparse.load(tmp_path)
 

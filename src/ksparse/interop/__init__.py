@@ -215,7 +215,7 @@ def _load(path: Path) -> SAE:
         kind = "folders" if (path / parts[0]).is_dir() else "files"
         raise InputError(
             f"{path} holds no SAE itself; its {kind} {', '.join(parts[:8])}{more} do: "
-            "name one (subfolder=…)"
+            f"name one, with --subfolder {parts[0]} (in Python subfolder={parts[0]!r})"
         )
     raise recognition.explain(path)
 
