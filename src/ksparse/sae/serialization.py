@@ -365,7 +365,7 @@ def _check_is_one_sae(repository: str, revision: str | None) -> None:
         more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
         raise InputError(
             f"the Hub repository {repository} holds many SAEs: {', '.join(parts[:4])}{more}; "
-            "name one (subfolder=…)"
+            f"name one, with --subfolder {parts[0]} (in Python subfolder={parts[0]!r})"
         )
 
 
