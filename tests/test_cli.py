@@ -573,6 +573,13 @@ def test_plan_says_what_a_recipe_costs(verb, recipe_file):
     assert "acts.chat: the LM's part" in verb("plan", recipe_file, "--acts.chat", "template")[1]
 
 
+def test_a_job_that_follows_one_run_takes_no_several_sites(verb, recipe_file, tmp_path):
+    sites = ["--acts.site", "resid_post.*", "--launch", "slurm", "--out", tmp_path / "runs"]
+    code, _, err = verb("train", recipe_file, *sites)
+    assert code == 2 and "give one site, or `ksparse sweep`" in err
+    assert not (tmp_path / "runs.launch").exists()
+
+
 def test_doctor_gives_a_line_for_each_thing(verb):
     code, out, _ = verb("doctor")
     assert code == 0, out

@@ -27,10 +27,11 @@ from ksparse.cli.output import (
 from ksparse.cli.report import raise_on_signal
 from ksparse.config import Recipe
 from ksparse.config.evaluation import EvalConfig
+from ksparse.errors import InputError
 from ksparse.planning.tuning import check_parent, default_folder, finetune_recipe, fit_buffer
 from ksparse.progress import format_duration, format_elapsed, report
 from ksparse.scaling.processes import Processes, check_mesh, in_jobs, local_command
-from ksparse.storage.run_folder import RunFolder, open_run, runs_in
+from ksparse.storage.run_folder import RunFolder, open_run
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,11 @@ def train(arguments: list[str]) -> None:
     recipe, options, name = parse_recipe(LaunchArgs, "train", arguments)
     run = RunFolder(Path(options.pop("out") or f"runs/{name}"))
     processes = Processes(**options)
+    trained: RunFolder | dict[str, RunFolder] = run
     if processes.launch == "here":
         trained = train_run(recipe, run)
     else:
         _launch(recipe, run, processes)
-        several = recipe.acts.names_several_sites
-        trained = {one.recipe().acts.site: one for one in runs_in(run.path)} if several else run
     if isinstance(trained, dict):
         print_sites(run.path, trained)
     else:
@@ -72,6 +72,12 @@ def _launch(recipe: Recipe, run: RunFolder, processes: Processes) -> None:
     """Train on processes that are started for it. On this machine torchrun takes this process's
     place."""
     check_mesh(recipe, processes)
+    if processes.launch == "slurm" and recipe.acts.names_several_sites:
+        raise InputError(
+            f"acts.site is {recipe.acts.site!r}, which may name several sites, and --launch slurm "
+            "goes on until one run has finished; give one site, or `ksparse sweep` with acts.site "
+            "in its grid"
+        )
     if processes.launch == "local":
         command, environment = local_command(recipe, run, processes)
         sys.stdout.flush()

@@ -11,7 +11,7 @@ import logging
 
 from torch import nn
 
-from ksparse.config import ActsConfig
+from ksparse.config import SEVERAL_SITES, ActsConfig
 from ksparse.errors import InputError
 from ksparse.lm.hooks import ModuleEnd
 from ksparse.lm.loading import find_model, loading_options, read_config, without_weights
@@ -19,7 +19,16 @@ from ksparse.lm.sites import ALIASES, blocks_of, describe_sites, outline
 from ksparse.trust import code_is_trusted
 
 _log = logging.getLogger("ksparse")
-_WILD = "*?["
+
+
+def is_pattern(site: str) -> bool:
+    """Return whether a name of `acts.site_patterns` is a pattern, and not one site.
+
+    Example:
+        >>> is_pattern("resid_post.*"), is_pattern("resid_post.3")
+        (True, False)
+    """
+    return any(letter in site for letter in SEVERAL_SITES)
 
 
 def sites_of(acts: ActsConfig) -> list[str]:
@@ -50,8 +59,7 @@ def expand(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
         raise InputError(f"acts.site names no site; there are\n{describe_sites(model)}")
     found: dict[object, str] = {}
     for pattern in patterns:
-        is_wild = any(letter in pattern for letter in _WILD)
-        names = _matching(model, pattern) if is_wild else [pattern]
+        names = _matching(model, pattern) if is_pattern(pattern) else [pattern]
         if not names:
             raise InputError(
                 f"no site matches {pattern!r}, of acts.site; there are\n{describe_sites(model)}"

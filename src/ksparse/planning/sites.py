@@ -12,7 +12,7 @@ from typing import Any
 from ksparse.config import MeshConfig, Recipe
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
-from ksparse.lm.patterns import sites_of
+from ksparse.lm.patterns import is_pattern, sites_of
 from ksparse.planning import costs, flops, hardware
 from ksparse.planning.costs import PlanInput
 from ksparse.planning.plan import (
@@ -136,7 +136,7 @@ def plan_sites(
         specs = read_lm_specs(recipe, sites)
     else:
         sites = list(dict.fromkeys(recipe.acts.site_patterns))
-        if wild := [site for site in sites if any(letter in site for letter in "*?[")]:
+        if wild := list(filter(is_pattern, sites)):
             raise InputError(
                 f"acts.site has the pattern {wild[0]!r}, and --subject.d-model stands for an LM "
                 "that is not at hand, whose sites are not known: list them by name"
